@@ -1,0 +1,148 @@
+"""GRPO — Group Relative Policy Optimization. Shao et al. 2024, arXiv:2402.03300.
+
+    Â_i,t = (r_i − mean(r)) / std(r)                                                            §4.1.2
+    J(θ)  = E [ 1/G Σ_i 1/|o_i| Σ_t min(ρ_i,t Â_i,t, clip(ρ_i,t, 1−ε, 1+ε) Â_i,t) − β KL(π_θ ‖ π_ref) ]    Eq. 3
+    ρ_i,t = π_θ(o_i,t | q, o_i,<t) / π_old(o_i,t | q, o_i,<t)
+    KL    ≈ k3 = π_ref/π_θ − log(π_ref/π_θ) − 1                                                  Eq. 4
+
+π_old is what sampled: its log-probs come with the tokens, so a strictly on-policy step needs no second pass. Where
+sampler (vLLM, μ) and learner compute different numbers for the same weights, `correction` makes π_old = sg[π_θ] and
+weighs each token (or sample) by w = π_old/μ, truncated (TIS) or masked outside [low, cap] (MIS/IcePop):
+
+    ℓ_i,t = w_i,t · max(−ρ Â, −clip(ρ) Â),    w = min(π_old/μ, C)   or   w·1[C_low ≤ w ≤ C]
+
+Deviation: the paper's k3 in the loss has the gradient of the *forward* KL (core/kl.py); `kl` can choose k2 or k3+
+(reverse), or k1, which is then put into the advantage, where it has a gradient.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from rlkd.core import advantage, kl, surrogate
+from rlkd.core.batch import MicroBatch, Norm
+from rlkd.core.kl import Estimator
+from rlkd.core.ports import Knobs, Loss, PolicyOutput
+from rlkd.core.types import Group, Origin, Sample, Signal
+from rlkd.guidance import NoGuidance
+from rlkd.rollout import Sampled
+
+
+@dataclass(frozen=True)
+class GRPO:
+    name: str = "grpo"
+    clip_low: float = 0.2  # ε
+    clip_high: float = 0.2
+    dual_clip: float | None = None  # c > 1: where Â < 0 the loss is at most c|Â|
+    standardize: bool = True  # divide by std(r)
+    norm: Norm = "sequence"  # 1/|o_i|
+    norm_length: int | None = None  # the constant of norm="constant"
+    beta: float = 0.0  # β; 0 asks for no reference model
+    kl: Estimator = "k3"
+    entropy: float = 0.0  # coefficient of an entropy bonus
+    correction: Literal["none", "tis", "mis"] = "none"
+    correction_level: Literal["token", "sequence"] = "token"
+    correction_cap: float = 2.0  # C
+    correction_low: float = 0.5  # C_low, of "mis"
+    rollout: Sampled = field(default_factory=Sampled)
+    guidance: NoGuidance = field(default_factory=NoGuidance)
+    whole_groups: ClassVar[bool] = False
+    kl_in_reward: ClassVar[bool] = False  # whether `credit` charges β·KL (RLOO, REINFORCE++) instead of the loss
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({Signal.REFERENCE} if self.beta else ())
+
+    def problems(self) -> list[str]:
+        """What is contradictory in this configuration, one sentence each."""
+        found = []
+        if self.norm == "constant" and not self.norm_length:
+            found.append("norm=constant needs norm_length, e.g. sampler.max_tokens")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            found.append(f"dual_clip={self.dual_clip} must be > 1")
+        if self.rollout.samples < 2:
+            found.append(f"rollout.samples={self.rollout.samples}: an advantage against the group needs at least 2")
+        return found
+
+    def knobs(self, step: int, last: Knobs) -> Knobs:
+        return {}
+
+    def credit(self, group: Group) -> Group:
+        """Â: the group's rewards against their mean, the same at every token of a sample."""
+        scale = advantage.standardized if self.standardize else advantage.centered
+        return with_advantages(group, scale(group.rewards))
+
+    def credit_step(self, groups: Sequence[Group]) -> Sequence[Group]:
+        return groups
+
+    def loss(self, pi: PolicyOutput, x: MicroBatch, knobs: Knobs) -> Loss:
+        weight = self.mismatch_weight(pi, x)
+        old = x.behavior_logp if self.correction == "none" else pi.logp.detach()
+        rho = surrogate.ratio(pi.logp, old)
+        per_token = self.surrogate(rho, self.penalised(pi, x), pi, x) * weight
+        loss = x.mean(per_token, Origin.POLICY, self.norm, self.norm_length)
+        outside = (rho < 1 - self.clip_low) | (rho > 1 + self.clip_high)
+        metrics = {
+            "ratio": x.mean(rho.detach(), Origin.POLICY),
+            "outside_clip": x.mean(outside.to(rho.dtype), Origin.POLICY),
+            "entropy": x.mean(pi.entropy.detach(), Origin.POLICY),
+        }
+        if self.correction != "none":
+            metrics["correction_weight"] = x.mean(weight, Origin.POLICY)
+        if self.entropy:
+            loss = loss - self.entropy * x.mean(pi.entropy, Origin.POLICY)
+        if self.beta:
+            reference = x.required("reference_logp")
+            metrics["kl_reference"] = x.mean(kl.k3(pi.logp.detach(), reference), Origin.POLICY)
+            if self.kl != "k1" and not self.kl_in_reward:
+                penalty = kl.estimate(self.kl, pi.logp, reference)
+                loss = loss + self.beta * x.mean(penalty, Origin.POLICY, self.norm, self.norm_length)
+        return Loss(loss, metrics)
+
+    def surrogate(
+        self, rho: Float[Tensor, "t"], a: Float[Tensor, "t"], pi: PolicyOutput, x: MicroBatch
+    ) -> Float[Tensor, "t"]:
+        """ℓ per token; what GSPO, CISPO and their like replace."""
+        loss = surrogate.clipped(rho, a, self.clip_low, self.clip_high)
+        return loss if self.dual_clip is None else surrogate.dual_clipped(loss, a, self.dual_clip)
+
+    def penalised(self, pi: PolicyOutput, x: MicroBatch) -> Float[Tensor, "t"]:
+        """Â, with −β·k1 against the reference if that is the chosen estimator."""
+        if self.beta and self.kl == "k1" and not self.kl_in_reward:
+            return x.advantage + self.beta * kl.as_advantage(pi.logp, x.required("reference_logp"))
+        return x.advantage
+
+    def mismatch_weight(self, pi: PolicyOutput, x: MicroBatch) -> Float[Tensor, "t"]:
+        """w: 1 without correction, and at tokens the policy did not sample."""
+        sampled = x.mask(Origin.POLICY)
+        if self.correction == "none":
+            return torch.ones_like(x.advantage)
+        log_ratio = torch.where(sampled, pi.logp.detach() - x.behavior_logp, 0.0)
+        if self.correction_level == "sequence":
+            log_ratio = x.spread(x.per_sequence(log_ratio, Origin.POLICY, "sum"))
+        if self.correction == "tis":
+            weight = surrogate.truncated_weight(log_ratio, self.correction_cap)
+        else:
+            weight = surrogate.masked_weight(log_ratio, self.correction_low, self.correction_cap)
+        return torch.where(sampled, weight, 1.0)
+
+
+def sampled_kl(sample: Sample) -> Float32[np.ndarray, "n"]:
+    """k1 = log μ − log π_ref at the tokens the policy sampled, 0 elsewhere: for a KL charged in the reward."""
+    if sample.reference_logp is None:
+        raise ValueError("beta > 0, but a sample came without reference_logp: was the group scored?")
+    k1 = sample.behavior_logp - sample.reference_logp
+    return np.where(sample.origin == Origin.POLICY, k1, 0.0).astype(np.float32)
+
+
+def with_advantages(group: Group, values: np.ndarray) -> Group:
+    """The group with values[i] at every token of sample i."""
+    samples = tuple(
+        replace(s, advantage=np.full(len(s.tokens), a, np.float32)) for s, a in zip(group.samples, values, strict=True)
+    )
+    return replace(group, samples=samples)

@@ -1,0 +1,184 @@
+"""Every setting of a run, with its default in this one place. A recipe (yaml) says only what differs.
+
+Three numbers make a batch: `schedule.groups_per_step` prompts × `algorithm.rollout.samples` answers each are one
+optimizer step; `learner.max_tokens` bounds one micro-batch and never changes the gradient.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rlkd.train.loop import Schedule
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy's start. `path` is a Hugging Face folder (config, tokenizer, safetensors)."""
+
+    path: str = "???"  # OmegaConf's mark for "must be given"
+    context: int | None = None  # tokens of prompt + answer; None: what the model's config says
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, bfloat16 on GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "sdpa", "flash"] = (
+        "auto"  # of the learner and the scorers; auto: flash on GPU if installed
+    )
+    chat_template: str | None = None  # a Jinja file; None: the tokenizer's own
+    system: str | None = None  # a system message put before every prompt
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where prompts come from."""
+
+    kind: Literal["jsonl", "parquet", "huggingface", "reasoning_gym", "arithmetic"] = "jsonl"
+    path: str = ""  # a file, a dataset folder on disk, or a reasoning-gym task's name
+    size: int | None = None  # rows to generate, or at most this many rows of a file; None: all (generators need it)
+    seed: int = 0  # of a generator
+    split: str = "train"  # of a Hugging Face dataset; "train" or "holdout" of the arithmetic task
+    options: dict[str, Any] = field(default_factory=dict)  # the generator's own settings
+    prompt: str = "prompt"  # column: a string, or a list of chat messages
+    answer: str = "answer"  # column: what the verifier checks against
+    id: str = "id"  # column; rows without one are numbered
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: Source = field(default_factory=Source)
+    holdout: Source | None = None  # for evaluation; never trained on
+    max_prompt_tokens: int | None = None  # None: what is left of the context beside the answer
+    too_long: Literal["drop", "fail"] = "drop"  # prompts over it: left out, counted and shown; or an error
+    bad_rows: Literal["fail", "drop"] = "fail"
+    chat: bool = True  # put prompts through the chat template
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The rollout workers: how the policy is sampled."""
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    workers: int = 1
+    max_tokens: int = 256  # of an answer
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_num_seqs: int = 256  # sequences decoded at once by one worker
+    tensor_parallel: int = 1
+    kv_cache_gib: float = 1.0  # CPU; on GPU see gpu_memory_utilization
+    gpu_memory_utilization: float = 0.5  # learner and sampler may share a GPU
+    block_size: int | None = None  # None: 32 on CPU, so that prompts over 32 tokens are shared; vLLM's choice on GPU
+    prefix_caching: bool = True
+    enforce_eager: bool | None = None  # None: eager on CPU (compiling costs 97 s of start), graphs on GPU
+    timeout_s: float = 600.0  # of one group's generation
+    threads: int | None = None  # None: planned (workers/threads.py)
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """A frozen model that gives log-probs: the reference or a teacher."""
+
+    path: str | None = None  # None: the policy's start
+    workers: int = 1
+    max_tokens: int = 16384  # of one forward pass
+    timeout_s: float = 600.0
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class VerifierConfig:
+    """The reward workers: each runs verifiers in child processes that can be killed."""
+
+    workers: int = 1
+    processes: int = 1  # children per worker
+    timeout_s: float = 10.0  # of one group
+    memory_gib: float = 2.0  # of one child
+    on_error: Literal["fail", "drop", "zero"] = (
+        "fail"  # a reward that raises: stop, leave the sample out, or 0 by choice
+    )
+    max_error_fraction: float = 0.05  # stop above this share of unjudged samples (over at least 200), whatever on_error
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    ranks: int = 1
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: float = 1.0
+    zero_stage: Literal[0, 1, 2, 3] | None = None  # None: 0 on one rank, 1 on several
+    offload: bool = False  # optimizer state to host memory (GPU)
+    max_tokens: int = 4096  # of one micro-batch
+    share_prompt: bool = True  # compute a group's prompt once
+    head_rows: int = 128  # rows of logits held at once
+    gradient_checkpointing: bool = False
+    timeout_s: float = 1800.0  # of one optimizer step, and of collectives between ranks
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    """How weights reach the rollout workers: shared memory of one machine, or files on a shared disk."""
+
+    kind: Literal["shm", "disk"] = "shm"
+    path: str | None = None  # disk: a directory every node sees; None: the run directory
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Held-out evaluation: pass@k for the given k from `samples` answers a prompt (1 and temperature 0: greedy)."""
+
+    every: int = 0  # steps; 0: only before the first and after the last step
+    at_start: bool = True
+    at_end: bool = True
+    prompts: int | None = None  # at most this many held-out prompts
+    samples: int = 1
+    k: tuple[int, ...] = (1,)
+    temperature: float = 0.0
+    top_p: float = 1.0
+    success: float = 0.5  # a sample is right if its reward is above this
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 0  # steps; 0: only after the last step
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    directory: str = "runs"
+    samples_per_step: int = 4  # groups written out, readable
+    tensorboard: bool = True
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "rlkd"
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    address: str | None = None  # None: a cluster in this machine, or the one RAY_ADDRESS names
+    object_store_gib: float = 0.5  # of a cluster started here
+    wait_s: float = 10.0  # for resources, then an error says what is missing
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole recipe. `algorithm` is the dataclass of `algorithm.name`, each of `rewards` that of its key."""
+
+    model: ModelConfig
+    algorithm: Any
+    data: DataConfig
+    rewards: dict[str, Any]
+    schedule: Schedule
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    reference: ScorerConfig = field(default_factory=ScorerConfig)
+    teachers: dict[str, ScorerConfig] = field(default_factory=dict)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    name: str = "run"
+    seed: int = 0

@@ -1,0 +1,5 @@
+"""From a prompt to a group of samples."""
+
+from rlkd.rollout.sampled import Sampled
+
+__all__ = ["Sampled"]

@@ -1,0 +1,11 @@
+"""Every shape and type of rlkd is checked at run time in the tests."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("rlkd", "beartype.beartype")
