@@ -107,7 +107,7 @@ def test_groups_turned_away_are_replaced_and_counted(tmp_path: Path) -> None:
 
 def test_no_signal_at_all_stops_with_advice(tmp_path: Path) -> None:
     loop = loop_of(tmp_path, algorithm=DAPO(), verify=FakeVerify(lambda _: 0.0))
-    with pytest.raises(DataError, match=r"no learning signal: 41 groups .*100% all wrong"):
+    with pytest.raises(DataError, match=r"no learning signal: 4\d groups .*100% all wrong"):
         asyncio.run(loop.run())
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from rlkd.core.errors import InfrastructureError, PreflightError
 from rlkd.engines import weights
 from rlkd.engines.weights import Publisher, read, verify

@@ -9,7 +9,7 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rlkd.core.batch import pack
 from rlkd.core.errors import OK, RESUBMIT, DataError, InfrastructureError, Stopped, WorkerLost
@@ -34,6 +34,7 @@ class Schedule:
     stall_s: float = 120.0  # say what is awaited when it takes longer than this
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """What the loop tells of itself."""
 
