@@ -58,6 +58,7 @@ class SamplerConfig:
     engine: Literal["vllm", "hf"] = "vllm"
     workers: int = 1
     max_tokens: int = 256  # of an answer
+    min_tokens: int = 0  # of an answer; the end token is forbidden before (benchmarks)
     temperature: float = 1.0
     top_p: float = 1.0
     max_num_seqs: int = 256  # sequences decoded at once by one worker

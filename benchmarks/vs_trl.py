@@ -1,0 +1,111 @@
+"""rlkd's step beside TRL's GRPOTrainer: same model, prompts, answer lengths, learning rate, threads.
+
+    python benchmarks/vs_trl.py --model models/smollm2 --trl-python .venv-trl/bin/python [--repeats 3]
+
+Both sides write exactly the same number of tokens (lengths are forced), at uniform lengths and with a long tail, and make
+the same number of optimizer steps; the first step of each run is a warm-up and not counted. Runs alternate, the ratio is
+taken pair by pair, and the median is what counts. TRL runs in an environment of its own:
+
+    python3 -m venv .venv-trl && .venv-trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PROMPTS, SAMPLES, STEPS, MAX_TOKENS = 4, 8, 3, 128  # prompts a step, answers a prompt, steps that count
+
+
+def spec(kind: str, model: str, threads: int, seed: int) -> dict[str, Any]:
+    """What both sides do: `lengths[step][row]` answer tokens."""
+    rng = random.Random(seed)
+    prompts = [
+        [f"What is {rng.randint(10, 99)} + {rng.randint(10, 99)}? Think step by step." for _ in range(PROMPTS)]
+        for _ in range(STEPS + 1)
+    ]
+    rows = PROMPTS * SAMPLES
+    if kind == "uniform":
+        lengths = [[MAX_TOKENS] * rows for _ in prompts]
+    else:  # lognormal, median 24, σ 1, at most 192
+        lengths = [[max(2, min(192, round(24 * rng.lognormvariate(0, 1)))) for _ in range(rows)] for _ in prompts]
+    return {"model": model, "threads": threads, "samples": SAMPLES, "lr": 1e-6, "trl_batch": 8,
+            "prompts": prompts, "lengths": lengths}  # fmt: skip
+
+
+def run(python: str, script: str, work: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One side, once; seconds of every step."""
+    spec_path, out = folder / "spec.json", folder / "out.json"
+    spec_path.write_text(json.dumps(work))
+    out.unlink(missing_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": str(work["threads"]), "HF_HUB_OFFLINE": "1"}
+    log = folder / f"{script}.log"
+    with log.open("w") as f:
+        done = subprocess.run([python, str(HERE / script), str(spec_path), str(out)], env=env, stdout=f, stderr=f,
+                              timeout=3600, check=False)  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{script} failed ({done.returncode}):\n" + log.read_text()[-3000:])
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/smollm2")
+    parser.add_argument("--trl-python", default=".venv-trl/bin/python")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--kinds", nargs="+", default=["uniform", "tail"], choices=["uniform", "tail"])
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "vs_trl.json")
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for repeat in range(args.repeats):
+            for kind in args.kinds:
+                work = spec(kind, str(Path(args.model).resolve()), args.threads, seed=repeat)
+                trl = run(args.trl_python, "trl_side.py", work, folder)
+                ours = run(sys.executable, "rlkd_side.py", work, folder)
+                tokens = sum(sum(step) for step in work["lengths"][1:]) / STEPS
+                row = {
+                    "kind": kind,
+                    "repeat": repeat,
+                    "answer_tokens_per_step": tokens,
+                    "trl_s": statistics.median(trl["seconds"][1:]),
+                    "rlkd_s": statistics.median(ours["seconds"][1:]),
+                    "rlkd_stages": ours["stages"],
+                    "load": os.getloadavg()[0],
+                }
+                row["ratio"] = row["trl_s"] / row["rlkd_s"]
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    summary = {
+        kind: {
+            "ratio_median": statistics.median(r["ratio"] for r in rows if r["kind"] == kind),
+            "ratios": [round(r["ratio"], 2) for r in rows if r["kind"] == kind],
+            "trl_samples_per_s": statistics.median(PROMPTS * SAMPLES / r["trl_s"] for r in rows if r["kind"] == kind),
+            "rlkd_samples_per_s": statistics.median(PROMPTS * SAMPLES / r["rlkd_s"] for r in rows if r["kind"] == kind),
+        }
+        for kind in args.kinds
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"date": time.strftime("%Y-%m-%d"), "machine": platform.processor() or platform.machine(),
+             "cores": os.cpu_count(), "threads": args.threads}  # fmt: skip
+    args.out.write_text(json.dumps({"about": about, "summary": summary, "runs": rows}, indent=1) + "\n")
+    print(f"\n{'lengths':<10}{'TRL samples/s':>15}{'rlkd samples/s':>16}{'ratio (median)':>16}   ratios")
+    for kind, s in summary.items():
+        print(f"{kind:<10}{s['trl_samples_per_s']:>15.2f}{s['rlkd_samples_per_s']:>16.2f}{s['ratio_median']:>16.2f}   "
+              f"{s['ratios']}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

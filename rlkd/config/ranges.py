@@ -1,0 +1,113 @@
+"""What values each number may have, alone. What contradicts what is in contradictions.py."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """`at_least` ≤ x or `above` < x, and x ≤ `at_most` or x < `below`. What is infinite or NaN is never inside."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, x: float) -> bool:
+        return (
+            math.isfinite(x)
+            and (self.at_least is None or x >= self.at_least)
+            and (self.above is None or x > self.above)
+            and (self.at_most is None or x <= self.at_most)
+            and (self.below is None or x < self.below)
+        )
+
+    def __str__(self) -> str:
+        low = f"at least {self.at_least}" if self.at_least is not None else f"above {self.above}"
+        high = f"at most {self.at_most}" if self.at_most is not None else f"below {self.below}"
+        has_low = self.at_least is not None or self.above is not None
+        has_high = self.at_most is not None or self.below is not None
+        return " and ".join([low] * has_low + [high] * has_high) or "a finite number"
+
+
+COUNT, NOT_NEGATIVE, POSITIVE = Range(at_least=1), Range(at_least=0), Range(above=0)
+SHARE, SEED = Range(at_least=0, at_most=1), Range(at_least=0, below=2**63)
+
+SOURCE = {"size": COUNT, "seed": SEED}
+SCORER = {"workers": COUNT, "max_tokens": COUNT, "timeout_s": POSITIVE, "threads": COUNT}
+RANGES: Mapping[str, Range] = {
+    "seed": SEED,
+    "model.context": Range(at_least=2),  # one token of a prompt, one of an answer
+    "data.max_prompt_tokens": COUNT,
+    "schedule.steps": COUNT,
+    "schedule.groups_per_step": COUNT,
+    "schedule.staleness": NOT_NEGATIVE,
+    "schedule.max_turned_away": COUNT,
+    "schedule.max_retries": NOT_NEGATIVE,
+    "schedule.stall_s": POSITIVE,
+    "sampler.workers": COUNT,
+    "sampler.max_tokens": COUNT,
+    "sampler.min_tokens": NOT_NEGATIVE,
+    "sampler.temperature": POSITIVE,
+    "sampler.top_p": Range(above=0, at_most=1),
+    "sampler.max_num_seqs": COUNT,
+    "sampler.tensor_parallel": COUNT,
+    "sampler.kv_cache_gib": POSITIVE,
+    "sampler.gpu_memory_utilization": Range(above=0, at_most=1),
+    "sampler.block_size": COUNT,
+    "sampler.timeout_s": POSITIVE,
+    "sampler.threads": COUNT,
+    "verifier.workers": COUNT,
+    "verifier.processes": COUNT,
+    "verifier.timeout_s": POSITIVE,
+    "verifier.memory_gib": POSITIVE,
+    "verifier.max_error_fraction": SHARE,
+    "learner.ranks": COUNT,
+    "learner.lr": POSITIVE,  # 0 would train nothing
+    "learner.betas": Range(at_least=0, below=1),
+    "learner.weight_decay": NOT_NEGATIVE,
+    "learner.warmup_steps": NOT_NEGATIVE,
+    "learner.max_grad_norm": POSITIVE,
+    "learner.max_tokens": Range(at_least=2),
+    "learner.head_rows": COUNT,
+    "learner.timeout_s": POSITIVE,
+    "learner.threads": COUNT,
+    "sync.timeout_s": POSITIVE,
+    "evaluate.every": NOT_NEGATIVE,
+    "evaluate.prompts": COUNT,
+    "evaluate.samples": COUNT,
+    "evaluate.k": COUNT,
+    "evaluate.temperature": NOT_NEGATIVE,
+    "evaluate.top_p": Range(above=0, at_most=1),
+    "evaluate.success": Range(),
+    "checkpoint.every": NOT_NEGATIVE,
+    "checkpoint.keep": COUNT,
+    "report.samples_per_step": NOT_NEGATIVE,
+    "ray.object_store_gib": Range(at_least=0.1),  # Ray asks for 75 MiB
+    "ray.wait_s": NOT_NEGATIVE,
+    **{f"data.train.{key}": r for key, r in SOURCE.items()},
+    **{f"data.holdout.{key}": r for key, r in SOURCE.items()},
+    **{f"reference.{key}": r for key, r in SCORER.items()},
+}
+
+
+def outside(config: Any) -> Iterator[tuple[str, float, Range]]:
+    """Every number of a Config that is out of its range: its key, the number, the range."""
+    ranges = dict(RANGES) | {f"teachers.{t}.{key}": r for t in config.teachers for key, r in SCORER.items()}
+    for key, allowed in ranges.items():
+        value = value_at(config, key)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if number is not None and number not in allowed:
+                yield key, number, allowed
+
+
+def value_at(config: Any, key: str) -> Any:
+    """The value under a dotted key; None where a section on the way is None."""
+    value = config
+    for part in key.split("."):
+        if value is None:
+            return None
+        value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+    return value

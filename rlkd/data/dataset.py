@@ -1,0 +1,188 @@
+"""From a source to prompts: read, check, tokenise, measure. No prompt is cut, and none is left out unseen.
+
+A row goes through three stages, and the funnel counts them: read → valid (a prompt, an answer, an id of its own, taken
+by the chat template) → fit (at most `Rules.max_prompt_tokens`).
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int32
+
+from rlkd.core.errors import ConfigError
+from rlkd.core.types import Prompt
+from rlkd.data.chat import HFTokenizer, TemplateRefusal
+from rlkd.data.funnel import Funnel, TakenId, Tally, empty_error, rows_error, too_long_error
+from rlkd.data.rows import BadRow, Columns, Question, question
+from rlkd.data.sources import Opened, SourceSettings, opened
+
+BATCH = 1024  # prompts tokenised at once
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What becomes of rows."""
+
+    max_prompt_tokens: int
+    too_long: Literal["drop", "fail"] = "drop"
+    bad_rows: Literal["fail", "drop"] = "fail"
+    chat: bool = True  # put prompts through the chat template
+    system: str | None = None  # a system message before every prompt that does not bring its own
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """At least one prompt, in the source's order, each with an id of its own."""
+
+    prompts: tuple[Prompt, ...]
+    fingerprint: str  # of ids, tokens, answers, metadata: the same in every process
+    funnel: Funnel
+    warnings: tuple[str, ...] = ()
+
+
+def load(source: SourceSettings, tokenizer: HFTokenizer, rules: Rules, setting: str = "data.train") -> Dataset:
+    """The source's prompts; `setting` is how messages call it.
+
+    Raises ConfigError (settings), DataError (all bad rows or duplicate ids at once; nothing left), PreflightError (no
+    chat template).
+    """
+    if rules.chat:
+        tokenizer.require_chat()
+    elif rules.system is not None:
+        raise ConfigError(
+            "RLKD-C404",
+            "a system message needs the chat template, but data.chat is off",
+            where="model.system",
+            fix="say data.chat=true, or leave model.system out",
+        )
+    return _Reading(tokenizer, rules, opened(source, setting), setting).dataset(source.path or source.kind)
+
+
+@dataclass
+class _Reading:
+    """One pass over a source's rows."""
+
+    tokenizer: HFTokenizer
+    rules: Rules
+    source: Opened
+    setting: str
+    tally: Tally = field(init=False)
+    ids: dict[str, str] = field(default_factory=dict)  # id → where it was first
+    taken: list[TakenId] = field(default_factory=list)
+    numbered: int = 0
+    unknown: int = 0  # prompts with something the tokenizer has no token for
+
+    def __post_init__(self) -> None:
+        self.tally = Tally(self.rules.max_prompt_tokens)
+
+    def dataset(self, path: str) -> Dataset:
+        kept: list[Prompt] = []
+        where: list[str] = []
+        digest = hashlib.blake2b(digest_size=16)
+        for asked, tokens in self._tokenised():
+            if not self.tally.measure(asked.where, len(tokens)):
+                continue
+            kept.append(self._prompt(asked, tokens))
+            where.append(asked.where)
+            for part in (asked.id.encode(), tokens.tobytes(), asked.digest):
+                digest.update(hashlib.blake2b(part, digest_size=16).digest())
+        funnel = self.tally.funnel()
+        self._check(funnel, f"{self.setting} ({path})")
+        warnings = [*funnel.lines(), *self._warnings(len(kept)), *_repeated(kept, where)]
+        return Dataset(tuple(kept), digest.hexdigest(), funnel, tuple(f"{self.setting}: {w}" for w in warnings))
+
+    def _prompt(self, asked: Question, tokens: Int32[np.ndarray, "p"]) -> Prompt:
+        if self.tokenizer.unknown is not None and self.tokenizer.unknown in tokens:
+            self.unknown += 1
+        return Prompt(
+            id=asked.id,
+            tokens=tokens,
+            answer=asked.answer,
+            text=asked.text,
+            metadata=asked.metadata,
+            source=self.source.name,
+        )
+
+    def _questions(self) -> Iterator[Question]:
+        """The usable rows; the others are counted. Ids are compared before anything else is asked of a prompt."""
+        for row in self.source.rows:
+            self.tally.read += 1
+            asked = row if isinstance(row, BadRow) else question(row, self.source.columns, self.source.name)
+            if isinstance(asked, BadRow):
+                self.tally.reject(asked)
+                continue
+            first = self.ids.setdefault(asked.id, asked.where)
+            if first != asked.where:
+                self.taken.append(TakenId(asked.id, first, asked.where))
+            self.numbered += asked.numbered
+            yield asked
+
+    def _tokenised(self) -> Iterator[tuple[Question, Int32[np.ndarray, "p"]]]:
+        for batch in _batches(self._questions(), BATCH):
+            if self.rules.chat:
+                rendered = [(asked, text) for asked in batch if (text := self._render(asked)) is not None]
+            else:
+                rendered = [(asked, asked.text) for asked in batch if self._plain(asked)]
+            tokens = self.tokenizer.encode_many([text for _, text in rendered], special=not self.rules.chat)
+            for (asked, _), ids in zip(rendered, tokens, strict=True):
+                if len(ids):
+                    yield asked, ids
+                else:
+                    self.tally.reject(BadRow(asked.where, "no tokens", "the tokenizer makes no token of the prompt"))
+
+    def _render(self, asked: Question) -> str | None:
+        messages = list(asked.messages or ({"role": "user", "content": asked.text},))
+        if self.rules.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.rules.system}, *messages]
+        try:
+            return self.tokenizer.render(messages)
+        except TemplateRefusal as refusal:
+            what = f"the chat template does not take it: {str(refusal)[:200]}"
+            self.tally.reject(BadRow(asked.where, "refused by the chat template", what))
+            return None
+
+    def _plain(self, asked: Question) -> bool:
+        if asked.messages is None:
+            return True
+        what = "the prompt is a list of chat messages, but data.chat is off"
+        self.tally.reject(BadRow(asked.where, "chat messages without chat", what, "say data.chat=true"))
+        return False
+
+    def _check(self, funnel: Funnel, where: str) -> None:
+        error = rows_error(funnel, self.taken, where, bad_rows=self.rules.bad_rows == "fail")
+        if error is not None:
+            raise error
+        if funnel.valid > funnel.fit and self.rules.too_long == "fail":
+            raise too_long_error(funnel, where)
+        if not funnel.fit:
+            raise empty_error(funnel, where)
+
+    def _warnings(self, kept: int) -> Iterator[str]:
+        column = self.source.columns.id
+        if column != Columns().id and self.numbered:
+            yield f"{self.numbered:,} rows have no id in `{column}`, and were numbered"
+        if self.unknown:
+            yield f"{self.unknown:,} of {kept:,} prompts hold characters that the tokenizer does not know"
+
+
+def _batches(questions: Iterable[Question], size: int) -> Iterator[list[Question]]:
+    iterator = iter(questions)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _repeated(prompts: Sequence[Prompt], where: Sequence[str]) -> list[str]:
+    """A warning if the same tokens are asked more than once."""
+    first: dict[bytes, str] = {}
+    again = []
+    for prompt, place in zip(prompts, where, strict=True):
+        before = first.setdefault(prompt.tokens.tobytes(), place)
+        if before != place:
+            again.append((place, before))
+    if not again:
+        return []
+    return [f"{len(again):,} of {len(prompts):,} prompts repeat an earlier one, as {again[0][0]} repeats {again[0][1]}"]

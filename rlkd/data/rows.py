@@ -1,0 +1,184 @@
+"""One row of a source: from whatever is in it to a question with an answer, or to why not."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+from rlkd.core.errors import nearest
+
+DEEPEST = 64  # levels of nesting in metadata; deeper rows cannot be pickled
+SHOWN = 60  # characters of a wrong value in a message
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which fields of a row mean what."""
+
+    prompt: str = "prompt"
+    answer: str = "answer"
+    id: str = "id"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record as it came. `where` is what a message calls it; `number` counts from 1 (lines, in a text file)."""
+
+    number: int
+    where: str
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A record that cannot be used. `reason` is short and the same for all of its kind; `what` speaks of this one."""
+
+    where: str
+    reason: str
+    what: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A usable row, not yet tokenised. `messages` is None for a plain string."""
+
+    where: str
+    id: str
+    text: str
+    messages: tuple[Mapping[str, str], ...] | None
+    answer: str
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    digest: bytes = b""  # of answer and metadata
+    numbered: bool = False  # its id was made here
+
+
+class _Wrong(Exception):
+    """Why a row cannot be used."""
+
+    def __init__(self, reason: str, what: str, fix: str | None = None) -> None:
+        self.reason, self.what, self.fix = reason, what, fix
+
+
+def question(row: Row, columns: Columns, source: str) -> Question | BadRow:
+    """The row's question; a row without an id is called `<source>:<number>`."""
+    try:
+        text, messages = _prompt(_value(row, columns.prompt, "prompt"))
+        answer = _answer(_value(row, columns.answer, "answer"))
+        given = _id(row.values.get(columns.id))
+        used = {columns.prompt, columns.answer, columns.id}
+        metadata = {name: value for name, value in row.values.items() if name not in used}
+        digest = _digest(answer, metadata)
+    except _Wrong as wrong:
+        return BadRow(row.where, wrong.reason, wrong.what, wrong.fix)
+    name = f"{source}:{row.number}" if given is None else given
+    return Question(row.where, name, text, messages, answer, metadata, digest, numbered=given is None)
+
+
+def shown(value: object) -> str:
+    """A value in a message: its beginning, on one line."""
+    text = repr(value[:SHOWN]) if isinstance(value, str | bytes) else type(value).__name__
+    if isinstance(value, int | float | Decimal):
+        text = f"{value!s:.{SHOWN}}"
+    return text + ("…" if isinstance(value, str | bytes) and len(value) > SHOWN else "")
+
+
+def _printable(text: str) -> str:
+    """The text's beginning, without half characters, which no terminal takes."""
+    return text[: 2 * SHOWN].encode("utf-8", "backslashreplace").decode()
+
+
+def _value(row: Row, column: str, setting: str) -> object:
+    if column not in row.values:
+        names = [_printable(str(name)) for name in row.values]
+        close = nearest(column, names)
+        raise _Wrong(
+            f"no {column!r}",
+            f"no field {column!r}; it has {_printable(', '.join(names)) or 'none'}",
+            f"say which field it is: {setting}={close or '…'} under the data source",
+        )
+    value = row.values[column]
+    if value is None:
+        raise _Wrong(f"{column!r} is null", f"{column!r} is null")
+    return value
+
+
+def _prompt(value: object) -> tuple[str, tuple[Mapping[str, str], ...] | None]:
+    """The question for people, and the messages if the row holds a conversation."""
+    if isinstance(value, str):
+        return _text(value, "the prompt"), None
+    if not isinstance(value, list) or not value:
+        raise _Wrong(
+            "prompt of a wrong type", f"the prompt must be a string or a list of chat messages, not {shown(value)}"
+        )
+    messages = tuple(_message(message, i) for i, message in enumerate(value))
+    if messages[-1]["role"] == "assistant":
+        raise _Wrong("ends in an answer", "the last message is the assistant's: the model would have nothing to answer")
+    return messages[-1]["content"], messages
+
+
+def _message(value: object, index: int) -> Mapping[str, str]:
+    """Role, content and whatever other text a template may use. Fields that are null are as good as absent."""
+    where = f"message {index + 1}"
+    if not isinstance(value, dict):
+        raise _Wrong("bad chat message", f"{where} must have role and content, but is {shown(value)}")
+    kept = {key: item for key, item in value.items() if item is not None}
+    for key in ("role", "content"):
+        if key not in kept:
+            raise _Wrong("bad chat message", f"{where} has no {key!r}")
+    for key, item in kept.items():
+        if not isinstance(key, str) or not isinstance(item, str):
+            raise _Wrong("bad chat message", f"{where}: {key!r} must be text, not {shown(item)}")
+        _text(item, f"{where}: {key!r}", blank=key != "role" and kept["role"] != "user")
+    return kept
+
+
+def _text(value: str, what: str, blank: bool = False) -> str:
+    """`value` itself, if it can be tokenised (a lone surrogate cannot) and is not blank."""
+    if not blank and not value.strip():
+        raise _Wrong("empty text", f"{what} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _Wrong(
+            "not Unicode text", f"{what} holds half a character (a lone surrogate) at {error.start}"
+        ) from error
+    return value
+
+
+def _answer(value: object) -> str:
+    """Text as it is; 42 and 42.0 are both "42", since a column of whole numbers with gaps becomes floats."""
+    if isinstance(value, str):
+        return _text(value, "the answer", blank=True)
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise _Wrong("answer of a wrong type", f"the answer must be text or a number, not {shown(value)}")
+    if not math.isfinite(value):
+        raise _Wrong("answer of a wrong type", f"the answer is {value}")
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    return str(value)
+
+
+def _id(value: object) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise _Wrong("id of a wrong type", f"the id must be text or a whole number, not {shown(value)}")
+    return _text(str(value), "the id")
+
+
+def _digest(answer: str, metadata: Mapping[str, object]) -> bytes:
+    level: list[object] = [metadata]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, Mapping | list | tuple)
+            for inner in (value.values() if isinstance(value, Mapping) else value)
+        ]
+    if level:
+        raise _Wrong("nested too deeply", f"a field is nested more than {DEEPEST} levels deep")
+    return hashlib.blake2b(repr((answer, metadata)).encode(), digest_size=16).digest()

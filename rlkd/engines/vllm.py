@@ -1,0 +1,248 @@
+"""vLLM in the calling process: continuous batching, a seed per sample, weights exchanged in the middle of it.
+
+In process, because an engine in a process of its own that dies leaves its caller hanging, and starts five times slower.
+"""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlkd.core.errors import PreflightError
+from rlkd.core.ports import Completion, WeightRef
+from rlkd.core.types import Finish, TopK
+from rlkd.engines.device import pick_device, pick_dtype
+from rlkd.engines.engine import Engine
+from rlkd.engines.jobs import EngineOptions, Job, Scoring, Writing
+
+CPU_BLOCK = 32  # tokens; vLLM's 128 on CPU never shares a prompt that is shorter than that
+
+
+def environment(threads: int | None) -> dict[str, str]:
+    """What must be in the environment before vLLM is imported. OMP_NUM_THREADS should be there before torch is."""
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return wanted | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+
+
+def prepare(threads: int | None) -> None:
+    """Set the environment. PreflightError when vLLM was imported before with other settings."""
+    for name, value in environment(threads).items():
+        if "vllm" in sys.modules and name.startswith("VLLM_ENABLE") and os.environ.get(name) != value:
+            raise PreflightError(
+                "RLKD-E604",
+                f"vllm was imported before {name}={value} was set",
+                fix="construct the engine in a process of its own (a Ray actor)",
+            )
+        os.environ[name] = os.environ.get(name, value) if name == "VLLM_LOGGING_LEVEL" else value
+
+
+class VLLMEngine(Engine):
+    """The engine of rollout workers. One per process: vLLM cannot be set up twice."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        prepare(options.threads)
+        self._engine: Any = None
+        self._parts: dict[str, _Part] = {}  # by request id
+
+    # --- the model
+
+    def _build(self) -> None:
+        if self.options.threads:
+            torch.set_num_threads(self.options.threads)  # OpenMP counts threads per calling thread, and this is it
+        # On an error vLLM prints every running request; the error itself comes to whoever waits.
+        logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**self._arguments()))
+        config = self._engine.vllm_config.model_config
+        self.context, self.vocabulary = config.max_model_len, config.get_vocab_size()
+        self._mark_version()
+
+    def _arguments(self) -> dict[str, Any]:
+        o = self.options
+        device = pick_device(o.device)
+        arguments: dict[str, Any] = {
+            "model": o.path,
+            "skip_tokenizer_init": True,  # token ids in, token ids out
+            "generation_config": "vllm",  # not the model folder's own sampling defaults
+            "trust_remote_code": o.trust_remote_code,
+            "dtype": str(pick_dtype(o.dtype, device)).removeprefix("torch."),
+            "max_num_seqs": o.max_num_seqs,
+            "tensor_parallel_size": o.tensor_parallel,
+            "enable_prefix_caching": o.prefix_caching,
+            "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+            "max_logprobs": -1,  # as many as topk asks for
+            "async_scheduling": False,  # a step in flight would get the label of weights it was not computed with
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            "worker_extension_cls": "rlkd.engines.vllm_weights.Extension",
+        }
+        if o.context is not None:
+            arguments["max_model_len"] = o.context
+        if device == "cpu":
+            arguments["enforce_eager"] = o.enforce_eager is not False
+            arguments["block_size"] = o.block_size or CPU_BLOCK
+            arguments["kv_cache_memory_bytes"] = int(o.kv_cache_gib * 2**30)
+            # A prompt computed in two steps has vLLM rewind the sample's random numbers, which it cannot on CPU.
+            arguments["enable_chunked_prefill"] = False
+        else:
+            arguments["enforce_eager"] = bool(o.enforce_eager)
+            arguments["gpu_memory_utilization"] = o.gpu_memory_utilization
+            if o.block_size is not None:
+                arguments["block_size"] = o.block_size
+        return arguments
+
+    def _shutdown(self) -> None:
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
+
+    # --- requests
+
+    def _add(self, job: Job) -> None:
+        for part in range(job.count):
+            self._add_part(job, part)
+
+    def _add_part(self, job: Job, part: int) -> None:
+        from vllm.inputs.engine import tokens_input
+
+        name = f"{job.id}.{part}"
+        self._parts[name] = _Part(job, part, self.version)
+        if isinstance(job, Writing):
+            tokens, parameters = job.tokens, self._sampling(job, part)
+        else:
+            assert isinstance(job, Scoring)
+            tokens, parameters = job.sequences[part], self._scoring(job.k)
+        # The salt keeps a request from the prompt cache of other weights: while anything runs, vLLM cannot empty it.
+        self._engine.add_request(name, tokens_input(tokens, cache_salt=self._salt()), parameters)
+
+    def _salt(self) -> str:
+        return f"{self.version}-{self.digest}"
+
+    def _sampling(self, job: Writing, part: int) -> Any:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        s = job.sampling
+        return SamplingParams(
+            temperature=s.temperature,
+            top_p=s.top_p,
+            seed=job.seeds[part],
+            max_tokens=s.max_tokens,
+            min_tokens=s.min_tokens,
+            stop_token_ids=list(s.stop_tokens),
+            ignore_eos=True,  # the tokens that end an answer are those of `sampling`, nobody else's
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _scoring(self, k: int) -> Any:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        return SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=k, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+
+    def _step(self) -> None:
+        for output in self._engine.step():
+            if output.finished:
+                part = self._parts.pop(output.request_id)
+                self._finish(part.job, part.number, self._result(part, output))
+
+    def _result(self, part: "_Part", output: Any) -> Any:
+        if isinstance(part.job, Scoring):
+            return _scores(output.prompt_logprobs, part.job.sequences[part.number], part.job.k)
+        return self._completion(part, output.outputs[0])
+
+    def _completion(self, part: "_Part", output: Any) -> Completion:
+        tokens = np.asarray(output.token_ids, np.int32)
+        logp = [at[t].logprob for at, t in zip(output.logprobs or [], output.token_ids, strict=True)]
+        finish = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORTED}[output.finish_reason]
+        spans = getattr(output, "weight_versions", None) or []  # vLLM 0.24 does not tell: then since it was taken up
+        written = [int(span.version) for span in spans] or [part.version, self.version]
+        return Completion(tokens, np.asarray(logp, np.float32), finish, (min(written), max(written)))
+
+    def _drop(self, job: Job) -> dict[int, Completion]:
+        names = [name for name, part in self._parts.items() if part.job is job]
+        outputs = self._abort_requests(names)
+        parts = {name: self._parts.pop(name) for name in names}
+        if not isinstance(job, Writing):
+            return {}
+        return {parts[o.request_id].number: self._completion(parts[o.request_id], o.outputs[0]) for o in outputs}
+
+    def _abort_requests(self, names: list[str]) -> list[Any]:
+        """Abort requests; what each has so far. vLLM gives that to a request's queue, which in process it lacks."""
+        outputs, wanted = _Outputs(), set(names)
+        for state in self._engine.output_processor.request_states.values():
+            if state.external_req_id in wanted:
+                state.queue = outputs
+        self._engine.abort_request(names)
+        return outputs
+
+    # --- weights
+
+    def _load(self, ref: WeightRef) -> None:
+        self._engine.collective_rpc("load_published", args=(ref.version, ref.where, ref.digest))
+        self._forget_old()
+
+    def _exchange(self, ref: WeightRef) -> None:
+        super()._exchange(ref)
+        self._mark_version()
+        self._restart_unbegun()
+
+    def _forget_old(self) -> None:
+        """Empty the prompt cache. vLLM refuses while anything runs; then the salts alone keep old and new apart."""
+        if not self._jobs and not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM did not empty its prompt cache after a weight update, though nothing was running")
+
+    def _restart_unbegun(self) -> None:
+        """Requests that wait for their first token begin again under the new version: with its salt, and without the
+        old keys and values they may have."""
+        states = self._engine.output_processor.request_states.values()
+        names = [s.external_req_id for s in states if s.is_prefilling]
+        self._engine.abort_request(names)
+        for name in names:
+            self._add_part(self._parts[name].job, self._parts[name].number)
+
+    def _mark_version(self) -> None:
+        if hasattr(self._engine, "set_weight_version"):
+            self._engine.set_weight_version(str(self.version))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One request of vLLM's."""
+
+    job: Job
+    number: int
+    version: int  # of the weights when it was taken up
+
+
+class _Outputs(list[Any]):
+    """What vLLM takes for a request's queue."""
+
+    put = list.append
+
+
+def _scores(places: Any, tokens: list[int], k: int) -> tuple[np.ndarray, TopK]:
+    """vLLM's prompt log-probs: a dict per place, with the token itself and the k likeliest; None at the first."""
+    logp = np.full(len(tokens), np.nan, np.float32)
+    ids = np.zeros((len(tokens), k), np.int32)
+    likeliest = np.full((len(tokens), k), np.nan, np.float32)
+    for place in range(1, len(tokens)):
+        at = places[place]
+        logp[place] = at[tokens[place]].logprob
+        for token, found in at.items():
+            if found.rank <= k:
+                ids[place, found.rank - 1], likeliest[place, found.rank - 1] = token, found.logprob
+    return logp, TopK(ids, likeliest)
