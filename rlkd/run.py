@@ -2,29 +2,26 @@
 
 import asyncio
 import json
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from rlkd import export as exported
 from rlkd import inputs
 from rlkd.config.load import resolved
 from rlkd.config.schema import Config
-from rlkd.core.errors import INTERRUPTED, CheckpointError, PreflightError, Stopped
+from rlkd.core.errors import INTERRUPTED, PreflightError, Stopped
 from rlkd.core.ports import Sampling
 from rlkd.curriculum import Uniform
 from rlkd.fleet import Fleet
 from rlkd.inputs import Inputs
-from rlkd.report import export as exported
-from rlkd.report.files import plain, read_lines, replace_file
+from rlkd.report.files import plain, replace_file
 from rlkd.report.progress import Progress
 from rlkd.report.report import Report
 from rlkd.report.sinks import Isolated, TensorBoard, Wandb
@@ -85,7 +82,11 @@ async def _train(config: Config, read: Inputs, directory: Path, report: Report) 
             return await loop.run()
 
 
-def evaluator(config: Config, read: Inputs, tell: Callable[[int, Any], None]) -> Evaluator:
+def _say(kind: str, text: str, **_: Any) -> None:
+    print(f"[{kind}] {text}", file=sys.stderr)
+
+
+def evaluator(config: Config, read: Inputs, tell: Callable[[int, Any], None] | None = None) -> Evaluator:
     """The held-out evaluation as the recipe wants it."""
     e = config.evaluate
     prompts = read.data.holdout.prompts[: e.prompts] if read.data.holdout else ()
@@ -97,8 +98,6 @@ def evaluator(config: Config, read: Inputs, tell: Callable[[int, Any], None]) ->
 
 def evaluate(config: Config, what: Path) -> dict[str, Any]:
     """Evaluate a run's newest model, or a model folder, on the recipe's held-out prompts."""
-    from dataclasses import replace
-
     folder = exported.newest(what) if (what / "run.json").exists() else what
     config = replace(config, model=replace(config.model, path=str(folder)))
     read = inputs.read(config)
@@ -106,9 +105,8 @@ def evaluate(config: Config, what: Path) -> dict[str, Any]:
         raise PreflightError("RLKD-E130", "the recipe has no data.holdout to evaluate on", where="data.holdout")
 
     async def run() -> Any:
-        tell = lambda kind, text, **_: print(f"[{kind}] {text}", file=sys.stderr)  # noqa: E731
-        async with Fleet.start(config, read, folder, tell, learner=False) as fleet:
-            return await evaluator(config, read, lambda step, result: None).run(0, fleet.services)
+        async with Fleet.start(config, read, folder, _say, learner=False) as fleet:
+            return await evaluator(config, read).run(0, fleet.services)
 
     result = asyncio.run(run())
     lines = [f"{folder}: {result.answers} answers to {result.prompts} held-out prompts"]
@@ -173,7 +171,7 @@ def _sinks(config: Config, directory: Path, tell: Callable[[str], None]) -> list
     return sinks
 
 
-class stop_signals:  # noqa: N801 – used like a function
+class stop_signals:
     """SIGTERM or one Ctrl-C: save and stop. A second Ctrl-C: stop at once, the last checkpoint stands.
 
     Set after ray.init, which installs a SIGTERM handler of its own.

@@ -92,6 +92,9 @@ class FakeLearner:
         Path(path).mkdir(parents=True)
         (Path(path) / "steps.json").write_text(json.dumps([self.steps, self.trained]))
 
+    async def export(self, path: str) -> None:
+        Path(path).mkdir()
+
     async def load(self, path: str) -> None:
         self.steps, self.trained = json.loads((Path(path) / "steps.json").read_text())
 

@@ -47,6 +47,15 @@ def swallows(prompt, answer):
     return 1.0
 
 
+def swallows_exceptions(prompt, answer):
+    while answer == "poison":
+        try:
+            time.sleep(0.01)
+        except Exception:
+            print("interrupted, going on")
+    return 1.0
+
+
 def holds_the_interpreter(prompt, answer):
     if answer == "poison":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
@@ -121,8 +130,9 @@ def hangs_with_a_session(prompt, answer, note: str = ""):
 
 
 def comes_back_twice(prompt, answer):
-    os.fork()
-    return 1.0
+    if os.fork() == 0:
+        time.sleep(0.1)
+    return float(len(answer))
 
 
 def fails_once(prompt, answer, note: str = ""):

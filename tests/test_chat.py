@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rlkd.core.errors import PREFLIGHT, PreflightError
 from rlkd.core.ports import Tokenizer
 from rlkd.data.chat import HFTokenizer, TemplateRefusal
+from rlkd.models.tiny import character_tokenizer
 from tests.tokenizers import BOS, EOS, byte_tokenizer, folder, wrapped
 
 USER = [{"role": "user", "content": "1+2?"}]
@@ -54,10 +55,16 @@ _SHARED = wrapped()
 
 
 def test_decode_leaves_spaces_before_punctuation_alone() -> None:
-    plain = byte_tokenizer()
-    plain.clean_up_tokenization_spaces = True  # as many older folders say: "x ." would become "x."
-    tokenizer = HFTokenizer(plain)
-    assert tokenizer.decode(tokenizer.encode("x . y")) == "x . y"
+    words = character_tokenizer()  # no BPE, for which transformers ignores the setting
+    words.clean_up_tokenization_spaces = True  # as many older folders say: "1 ." would become "1."
+    tokenizer = HFTokenizer(words)
+    assert tokenizer.decode(tokenizer.encode("1 . 2")) == "1 . 2"
+
+
+def test_a_prompt_longer_than_the_tokenizer_likes_is_not_cut() -> None:
+    short = byte_tokenizer()
+    short.model_max_length = 4
+    assert len(HFTokenizer(short).encode("123456789")) == 10
 
 
 def test_special_tokens_are_left_out_unless_asked_for() -> None:

@@ -136,7 +136,7 @@ def test_overrides(write: Write, override: str, read: Callable[[Config], Any] | 
 
 def test_interpolations(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPS", "7")
-    text = RECIPE.replace("grpo", "dr_grpo").replace("steps: 10", "steps: ${oc.env:STEPS}")
+    text = RECIPE.replace("grpo", "dr_grpo").replace("steps: 10", "steps: '${oc.env:STEPS}'")
     config = load(write(text), ["algorithm.norm_length=${sampler.max_tokens}"])
     assert config.schedule.steps == 7
     assert config.algorithm.norm_length == 256
@@ -232,7 +232,7 @@ def test_every_problem_is_reported_at_once_in_order(write: Write) -> None:
         ({"  lr: 1e-6": "  learning_rate: 1"}, "C002", "15:3", "known here: ranks, lr"),
         ({"  lr: 1e-6": "  temperature: 1"}, "C002", "15:3", "`sampler.temperature` or `evaluate.temperature`"),
         ({"    samples: 4": "    sampels: 4"}, "C002", "6:5", "did you mean `samples`?"),
-        ({"  rollout:": "  overlong_max: 1\n  rollout:"}, "C002", "5:3", "grpo has no such setting (it is one of dapo)"),
+        ({"  rollout:": "  overlong_max: 1\n  rollout:"}, "C002", "5:3", "has no such setting (it is one of dapo)"),
         ({"weight: 1.0": "wieght: 1.0"}, "C002", "12:5", "did you mean `weight`?"),
         ({"name: grpo": "name: gropo"}, "C010", "4:3", "did you mean `grpo`?"),
         ({"name: grpo": "name: [1]"}, "C010", "4:3", "no algorithm named `a list of 1`"),
@@ -256,7 +256,7 @@ def test_every_problem_is_reported_at_once_in_order(write: Write) -> None:
         ({"model: {path: models/tiny}": "model: models/tiny"}, "C003", "2:1", "must be a section (path, context"),
         ({"    samples: 4": "    # samples: 4"}, "C003", "5:3", "the section `algorithm.rollout` is empty"),
         ({"    weight: 1.0\n": ""}, "C003", "11:3", "write `arithmetic: {}` for its defaults"),
-        ({"rewards:": "rewards: [exact]\nx:"}, "C003", "10:1", "must be a section of keys, not a list of 1"),
+        ({"rewards:\n  arithmetic:\n    weight: 1.0": "rewards: [exact]"}, "C003", "10:1", "of keys, not a list of 1"),
         ({"learner:": "teachers: {big: /models/big}\nlearner:"}, "C003", "14:12", "write `big: {}`"),
         # missing
         ({"path: models/tiny": ""}, "C004", "2:1", "`model.path` is missing"),
@@ -268,6 +268,7 @@ def test_every_problem_is_reported_at_once_in_order(write: Write) -> None:
         ({"  arithmetic:\n    weight: 1.0": "  regex: {}"}, "C004", "11:3", "`rewards.regex.pattern` is missing"),
         # yaml
         ({"name: a-run": "name: [a-run"}, "C005", "2:6", "cannot be read as yaml"),
+        ({"steps: 10": "steps: ${seed}"}, "C005", "13:20", "an interpolation needs quotes"),
         ({"    samples: 4": "\tsamples: 4"}, "C005", "6:1", "cannot be read as yaml: found character"),
         ({"name: a-run": "name: !!python/object:os.system x"}, "C005", "1:7", "is not known here"),
         ({"name: a-run": "name: !!int x"}, "C005", "1:7", "no int: 'x'"),
@@ -380,7 +381,12 @@ def test_aliases_cannot_explode(write: Write) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     found = problem(write("\n".join(lines)))
-    assert "over 20000 values" in found.what
+    assert "over 5000 values" in found.what
+
+
+@pytest.mark.parametrize("text", [f"{{a: {'[' * n}{']' * n}}}" for n in (40, 3000)] + ["{a: " * 3000])
+def test_what_is_nested_too_deeply_is_refused(write: Write, text: str) -> None:
+    assert "nested too deeply" in str(problem(write(text)))
 
 
 # -- secrets -----------------------------------------------------------------------------------------------------------
@@ -388,7 +394,10 @@ def test_aliases_cannot_explode(write: Write) -> None:
 
 def test_what_came_from_the_environment_is_not_written(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CANARY", "hf_TESTSECRET")
-    options = "{a: '${oc.env:CANARY}', b: ['x-${oc.env:CANARY}'], c: {d: '${data.train.options.a}'}, api_key: sk-PLAIN, eos_token: </s>}"
+    options = (
+        "{a: '${oc.env:CANARY}', b: ['x-${oc.env:CANARY}'], c: {d: '${data.train.options.a}'},"
+        " api_key: sk-PLAIN, eos_token: </s>}"
+    )
     path = write(RECIPE.replace("size: 1000", f"size: 1000, options: {options}"))
     config = load(path, ["report.wandb_project=${oc.env:CANARY}"])
     made = config.data.train.options
@@ -420,30 +429,32 @@ def test_resolved_is_a_recipe_of_the_same_config(write: Write) -> None:
 @pytest.mark.parametrize(
     ("overrides", "key", "said"),
     [
-        (["schedule.steps=0"], "schedule.steps", "schedule.steps=0: must be at least 1"),
+        (["schedule.steps=0"], "schedule.steps", "schedule.steps=0: must be at least 1 … for example schedule.steps=1"),
         (["schedule.groups_per_step=0"], "schedule.groups_per_step", "at least 1"),
         (["schedule.staleness=-1"], "schedule.staleness", "at least 0"),
         (["algorithm.rollout.samples=1"], "algorithm.rollout.samples", "needs at least 2"),
         (["algorithm.dual_clip=1"], "algorithm.dual_clip", "algorithm.dual_clip=1.0 must be > 1"),
         (["algorithm.norm=constant"], "algorithm.norm", "needs norm_length"),
-        (["algorithm.correction=mis", "algorithm.correction_low=3"], "algorithm.correction_low", "below correction_cap"),
+        (["algorithm.correction=mis", "algorithm.correction_low=3"], "algorithm.correction_low", "below"),
         (["algorithm.name=dapo", "algorithm.overlong_max=9", "algorithm.overlong_buffer=1"], "algorithm.overlong_max",
          "algorithm.overlong_max=9 is not sampler.max_tokens=256"),
         (["rewards.arithmetic.weight=0"], "rewards.arithmetic.weight", "every reward has weight 0"),
         (["rewards.arithmetic.weight=.nan"], "rewards.arithmetic.weight", "finite"),
+        (["algorithm.beta=.inf"], "algorithm.beta", "algorithm.beta=inf"),
         (["rewards.overlong={max_tokens: 300}"], "rewards.overlong", "never reached"),
         (["data.train.size=3"], "data.train.size", "a prompt would stand twice in one step"),
         (["learner.ranks=17", "learner.zero_stage=1"], "learner.ranks", "17 is more than the 16 samples of a step"),
         (["learner.warmup_steps=10"], "learner.warmup_steps", "at most 9"),
         (["learner.max_tokens=256"], "learner.max_tokens", "a sample has at least 257 tokens: prompt 1 + answer 256"),
         (["learner.max_tokens=300", "data.max_prompt_tokens=100"], "learner.max_tokens",
-         "up to 356 tokens: prompt 100 + answer 256\n  = learner.max_tokens=356, or shorten sampler.max_tokens"),
+         "up to 356 tokens: prompt 100 + answer 256 … learner.max_tokens=356, or shorten sampler.max_tokens"),
         (["algorithm.beta=0.1", "reference.max_tokens=99"], "reference.max_tokens", "at least 257 tokens"),
         (["teachers.t.max_tokens=99"], "teachers.t.max_tokens", "at least 257 tokens"),
         (["teachers.t.workers=0"], "teachers.t.workers", "at least 1"),
-        (["model.context=256"], "sampler.max_tokens", "leaves no room for a prompt in a context of 256"),
+        (["teachers={a.b: {workers: 0}}"], "teachers", "teachers.a.b.workers=0"),
+        (["model.context=256"], "model.context", "leaves no room for a prompt in a context of 256"),
         (["model.context=300", "data.max_prompt_tokens=100"], "data.max_prompt_tokens",
-         "make 356 tokens; the context has 300\n  = data.max_prompt_tokens=44, or sampler.max_tokens=200"),
+         "make 356 tokens; the context has 300 … data.max_prompt_tokens=44, or sampler.max_tokens=200"),
         (["sampler.min_tokens=300"], "sampler.min_tokens", "is more than sampler.max_tokens=256"),
         (["sampler.temperature=0"], "sampler.temperature", "must be above 0"),
         (["sampler.top_p=0"], "sampler.top_p", "above 0 and at most 1"),
@@ -482,7 +493,7 @@ def test_a_contradiction_is_refused_with_what_would_fit(
     found = problem(write(), *overrides)
     assert found.code in ("RLKD-C011", "RLKD-C012")
     assert found.fix
-    assert said in str(found)
+    assert all(part in str(found) for part in said.split(" … "))
     assert found.where is not None
     assert found.where.startswith(f"command line: {key.partition('.')[0]}")
 
@@ -580,7 +591,7 @@ def edited(draw: st.DrawFn, word: str) -> str:
     return word[:at] + ("" if kind == "delete" else draw(LETTERS)) + word[at + 1 :]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_one_wrong_letter_in_any_key_is_caught_and_understood(
     full_recipe: dict[str, Any], tmp_path: Path, data: st.DataObject
@@ -602,11 +613,13 @@ def test_one_wrong_letter_in_any_key_is_caught_and_understood(
     assert f"`{key}`" in suggestion or f"'{key}'" in suggestion, str(meant[0])
 
 
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+KEYS = st.text(max_size=6) | st.sampled_from([*FULL])
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["${seed}", "${", "???"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.sampled_from([*FULL]), inner, max_size=4),
+    SCALARS | st.sampled_from(["${seed}", "${", "???"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -618,7 +631,7 @@ def test_garbage_is_a_config_error(tmp_path: Path, text: str | bytes, override: 
         load(path, [override])
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_junk_anywhere_in_a_recipe_is_a_config_error_or_fits(
     full_recipe: dict[str, Any], tmp_path: Path, data: st.DataObject
@@ -633,7 +646,8 @@ def test_junk_anywhere_in_a_recipe_is_a_config_error_or_fits(
     try:
         config = load(tmp_path / "recipe.yaml")
     except ConfigError as e:
-        assert all(p.where for p in e.problems)
+        lost = [p for p in e.problems if not p.where]
+        assert not lost, lost
     else:
         assert resolved(config)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rlkd.config.ranges import outside, value_at
+from rlkd.config.ranges import not_finite, outside, value_at
 from rlkd.config.schema import Config
 from rlkd.core.types import Signal
 
@@ -38,7 +38,13 @@ class Given:
 def findings(config: Config, model_context: int | None = None, longest_prompt: int | None = None) -> list[Finding]:
     """Every problem of the config. `model_context` (tokens) is the model's own, `longest_prompt` that of the data."""
     given = Given(config, config.model.context or model_context, longest_prompt or config.data.max_prompt_tokens)
-    found = [Finding((k,), f"{k}={n}: must be {r}", f"{k}: {r}", "RLKD-C012") for k, n, r in outside(config)]
+    found = []
+    for key, number, allowed in outside(config):
+        fix = f"{key}: {allowed}" if allowed.example is None else f"for example {key}={allowed.example}"
+        found.append(Finding((key,), f"{key}={number}: must be {allowed}", fix, "RLKD-C012"))
+    for section in ("algorithm", "rewards"):
+        for key, number in not_finite(getattr(config, section), section):
+            found.append(Finding((key,), f"{key}={number}", "a finite number", "RLKD-C012"))
     if model_context is not None and config.model.context is not None and config.model.context > model_context:
         what = (
             f"model.context={config.model.context} is more than the {model_context} tokens that the model was made for"
@@ -85,10 +91,7 @@ def _rewards(given: Given) -> Iterator[Finding]:
     if not rewards:
         yield Finding(("rewards",), "there are no rewards", "for example `rewards: {exact: {}}`")
         return
-    not_finite = [n for n, r in rewards.items() if r.weight != r.weight or abs(r.weight) == float("inf")]
-    for name in not_finite:
-        yield Finding((f"rewards.{name}.weight",), f"rewards.{name}.weight={rewards[name].weight}", "a finite number")
-    if not not_finite and all(r.weight == 0 for r in rewards.values()):
+    if all(r.weight == 0 for r in rewards.values()):
         keys = tuple(f"rewards.{name}.weight" for name in rewards)
         yield Finding(keys, "every reward has weight 0: there is nothing to learn", "give at least one a weight")
     for name, reward in rewards.items():
@@ -202,10 +205,12 @@ def _data(given: Given) -> Iterator[Finding]:
         at = f"data.{name}"
         if not source.path and source.kind != "arithmetic":
             wanted = "the task's name" if source.kind == "reasoning_gym" else "the file or folder with the prompts"
-            yield Finding((f"{at}.path", at), f"{at}.path is missing for kind {source.kind}", f"give {wanted}")
+            yield Finding(
+                (f"{at}.path", f"{at}.kind", at), f"{at}.path is missing for kind {source.kind}", f"give {wanted}"
+            )
         if source.size is None and source.kind in ("arithmetic", "reasoning_gym"):
             what = f"{at}.size is missing: the generator {source.kind} needs to know how many prompts to make"
-            yield Finding((f"{at}.size", at), what, f"for example {at}.size=1000")
+            yield Finding((f"{at}.size", f"{at}.kind", at), what, f"for example {at}.size=1000")
         if source.kind == "arithmetic" and source.split not in ("train", "holdout"):
             what = f"{at}.split={source.split}: the arithmetic task has the splits train and holdout"
             yield Finding((f"{at}.split", at), what, f"{at}.split={name}")
@@ -214,8 +219,8 @@ def _data(given: Given) -> Iterator[Finding]:
             yield Finding((f"{at}.answer", f"{at}.prompt"), what, "the column that the verifier checks against")
     if data.holdout is not None and _origin(data.holdout) == _origin(data.train):
         what = "data.holdout is data.train: evaluation would be on the prompts that are trained on"
-        keys = ("data.holdout", "data.train")
-        yield Finding(keys, what, "give another path, split or seed (of a generator)")
+        keys = tuple(f"data.holdout.{name}" for name in ("path", "split", "seed"))
+        yield Finding((*keys, "data.holdout", "data.train"), what, "give another path, split or seed (of a generator)")
     for key in ("chat_template", "system"):
         if not data.chat and getattr(model, key) is not None:
             what = f"model.{key} is not used when data.chat=false"

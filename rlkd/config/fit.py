@@ -10,15 +10,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlkd.algorithms import TABLE, algorithm
 from rlkd.config import kinds
-from rlkd.config.interpolation import why_unresolved
-from rlkd.config.places import Entry, Found, Place, did_you_mean, similar
+from rlkd.config.omega import structured, why_unresolved
+from rlkd.config.places import UNWRITTEN, Entry, Found, Place, did_you_mean, similar
 from rlkd.config.recipe import Section
 from rlkd.config.schema import Config
 from rlkd.core.errors import Problem, RlkdError
 from rlkd.rewards.table import REWARDS, find
 
 Lookup = Callable[[str], type[Any]]
-UNWRITTEN = (10**6 + 1, 0, 0)  # what is missing is listed after what is wrong
 
 
 @dataclass
@@ -38,9 +37,13 @@ class Fitted:
 
     @classmethod
     def of(cls, section: Section, path: str, found: Found) -> "Fitted":
-        root = _structured(Config)
+        root = structured(Config)
         root.rewards = {}
-        fitted = cls(root, found, Place(path, UNWRITTEN))
+        for key, hint in kinds.settings(Config).items():
+            inner = kinds.section_of(hint)
+            if inner is not None and OmegaConf.is_missing(root, key):
+                root[key] = structured(inner)
+        fitted = cls(root, found, Place(path, (UNWRITTEN, 0, 0)))
         fitted._choose_classes(section)
         fitted.known = kinds.dotted(Config, "") + [k for at, c in fitted.classes.items() for k in kinds.dotted(c, at)]
         fitted._fill(root, Config, section, "")
@@ -71,14 +74,14 @@ class Fitted:
     def _choose_classes(self, section: Section) -> None:
         """The dataclasses that the recipe chooses by name, of `algorithm` and of each reward, put into the root."""
         entry = section.get("algorithm")
-        name = entry.value.get("name") if entry and isinstance(entry.value, dict) else None
-        if entry is None or (isinstance(entry.value, dict) and (name is None or name.value is None)):
-            fix = f"one of {', '.join(TABLE)}, or your own as package.module:Class"
-            self._problem("RLKD-C004", "`algorithm.name` is missing", "algorithm", entry.place if entry else None, fix)
-        elif not isinstance(entry.value, dict):
+        keys = entry.value if entry is not None and isinstance(entry.value, dict) else {}
+        name = keys.get("name")
+        if entry is not None and not isinstance(entry.value, dict):
             what = f"`algorithm` must be a section, not {entry.shown()}"
             self._problem("RLKD-C003", what, "algorithm", entry.place, "write `algorithm: {name: …}`")
-        elif name is not None:
+        elif name is None or name.value is None:
+            self._nameless(entry.place if entry else None, keys)
+        else:
             self._choose(self.root, "algorithm", "algorithm", name, algorithm, name.text or name.shown())
         rewards = section.get("rewards")
         if rewards is None or rewards.value == {}:
@@ -88,10 +91,20 @@ class Fitted:
             for key, entry in rewards.value.items():
                 self._choose(self.root.rewards, key, f"rewards.{key}", entry, find, key)
 
+    def _nameless(self, place: Place | None, section: Section) -> None:
+        """The algorithm has no name; perhaps there is one under a key that was misspelt."""
+        names = f"one of {', '.join(TABLE)}, or your own as package.module:Class"
+        for key in section:
+            if key != "name" and similar(key, ["name"]):
+                what = f"unknown key `algorithm.{key}`, and `algorithm.name` is missing"
+                self._problem("RLKD-C002", what, "algorithm", section[key].place, f"did you mean `name`?  ({names})")
+                return
+        self._problem("RLKD-C004", "`algorithm.name` is missing", "algorithm", place, names)
+
     def _choose(self, parent: DictConfig, key: str, at: str, entry: Entry, table: Lookup, name: str) -> None:
         try:
             cls = table(name)
-            parent[key] = _structured(cls)
+            parent[key] = structured(cls)
             self.classes[at] = cls
         except RlkdError as e:
             for problem in e.problems:
@@ -140,8 +153,8 @@ class Fitted:
 
     def _section(self, target: DictConfig, key: str, inner: type[Any], hint: Any, entry: Entry, path: str) -> None:
         if isinstance(entry.value, dict):
-            if OmegaConf.is_missing(target, key) or target[key] is None:
-                target[key] = _structured(inner)
+            if target[key] is None:
+                target[key] = structured(inner)
             self._fill(target[key], inner, entry.value, path)
         elif entry.value is None and kinds.without_none(hint)[1]:
             target[key] = None
@@ -155,7 +168,7 @@ class Fitted:
         for name, each in entry.value.items():
             self.places[f"{path}.{name}"] = each.place
             if isinstance(each.value, dict):
-                target[name] = _structured(inner)
+                target[name] = structured(inner)
                 self._fill(target[name], inner, each.value, f"{path}.{name}")
             else:
                 self._wrong(inner, each, f"{path}.{name}", f"write `{name}: {{}}` for its defaults")
@@ -212,10 +225,7 @@ class Fitted:
         if not self.is_doubtful(path):
             fix = f"add it to the recipe, or {path}=… to the command: {kinds.in_words(hint)}"
             self._problem("RLKD-C004", f"`{path}` is missing", path, section, fix)
-        section_class = kinds.section_of(hint)
-        if section_class is not None:
-            target[key] = _structured(section_class)
-        elif path == "model.path":
+        if path == "model.path":
             target[key] = ""  # so that the rest can be checked
         else:
             self.unmade.add(next((at for at in self.classes if _within(path, at)), path))
@@ -265,22 +275,6 @@ class Fitted:
             what += f" (it is one of {', '.join(owners)})" if owners else ""
         self._problem("RLKD-C002", what, path, entry.place, f"{did_you_mean(meant)}  {also}".strip())
         self.doubtful |= {at} if at else set(meant)
-
-
-def _structured(cls: type[Any]) -> DictConfig:
-    """A node of the dataclass that can be written to: OmegaConf makes those of frozen dataclasses read-only."""
-    node = OmegaConf.structured(cls)
-    _unlock(node)
-    assert isinstance(node, DictConfig)
-    return node
-
-
-def _unlock(node: Any) -> None:
-    OmegaConf.set_readonly(node, False)
-    if isinstance(node, DictConfig):
-        for key in node:
-            if not OmegaConf.is_missing(node, key) and OmegaConf.is_config(node[key]):
-                _unlock(node[key])
 
 
 def _within(path: str, above: str) -> bool:

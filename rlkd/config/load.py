@@ -18,7 +18,7 @@ import yaml
 
 from rlkd.config import contradictions, recipe
 from rlkd.config.fit import Fitted
-from rlkd.config.places import Found, Place
+from rlkd.config.places import UNWRITTEN, Found, Place
 from rlkd.config.schema import Config
 from rlkd.core.errors import Problem
 
@@ -33,10 +33,14 @@ class Written:
     expressions: Mapping[str, str] = field(default_factory=dict)  # dotted key -> `${…}`, where there is one
 
     def locate(self, finding: contradictions.Finding) -> tuple[Problem, Place]:
-        """A finding, at the first of its keys that was written, else at their section, else at the recipe."""
-        keys = [*finding.keys, *(k.rpartition(".")[0] for k in finding.keys)]
-        key = next((k for k in keys if k in self.places), None)
-        place = self.places[key] if key else Place(self.path or finding.keys[0], (recipe.COMMAND_LINE + 1, 0, 0))
+        """A finding, at the first of its keys that was written, else at their section, else at the recipe.
+
+        What was set on the command line comes first: the recipe was probably right before.
+        """
+        sections = [key.rpartition(".")[0] for key in finding.keys]
+        written = [k for k in finding.keys if k in self.places] or [k for k in sections if k in self.places]
+        places = sorted((self.places[k] for k in written), key=lambda place: not place.on_command_line)
+        place = places[0] if places else Place(self.path or finding.keys[0], (UNWRITTEN, 0, 0))
         return Problem(finding.code, finding.what, fix=finding.fix), place
 
 

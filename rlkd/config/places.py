@@ -6,6 +6,7 @@ from typing import Any
 
 from rlkd.core.errors import ConfigError, Problem, nearest
 
+COMMAND_LINE, UNWRITTEN = 10**6, 10**6 + 1  # instead of a file's number: their problems come after the files'
 WIDEST = 120  # characters of a line that an excerpt shows
 
 
@@ -16,6 +17,10 @@ class Place:
     where: str
     order: tuple[int, int, int] = (0, 0, 0)  # file, line, column: problems are listed in this order
     excerpt: str | None = None
+
+    @property
+    def on_command_line(self) -> bool:
+        return self.order[0] == COMMAND_LINE
 
     @classmethod
     def in_file(cls, path: str, lines: Sequence[str], line: int, column: int, width: int, order: int) -> "Place":

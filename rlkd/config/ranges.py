@@ -1,8 +1,8 @@
 """What values each number may have, alone. What contradicts what is in contradictions.py."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 
@@ -10,12 +10,12 @@ from typing import Any
 class Range:
     """`at_least` ≤ x or `above` < x, and x ≤ `at_most` or x < `below`. What is infinite or NaN is never inside."""
 
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
+    at_least: int | float | None = None
+    above: int | float | None = None
+    at_most: int | float | None = None
+    below: int | float | None = None
 
-    def __contains__(self, x: float) -> bool:
+    def __contains__(self, x: int | float) -> bool:
         return (
             math.isfinite(x)
             and (self.at_least is None or x >= self.at_least)
@@ -23,6 +23,11 @@ class Range:
             and (self.at_most is None or x <= self.at_most)
             and (self.below is None or x < self.below)
         )
+
+    @property
+    def example(self) -> int | float | None:
+        """A number that is in it, if there is an obvious one."""
+        return self.at_least if self.at_least is not None else self.at_most
 
     def __str__(self) -> str:
         low = f"at least {self.at_least}" if self.at_least is not None else f"above {self.above}"
@@ -93,11 +98,15 @@ RANGES: Mapping[str, Range] = {
 }
 
 
-def outside(config: Any) -> Iterator[tuple[str, float, Range]]:
+def outside(config: Any) -> Iterator[tuple[str, int | float, Range]]:
     """Every number of a Config that is out of its range: its key, the number, the range."""
-    ranges = dict(RANGES) | {f"teachers.{t}.{key}": r for t in config.teachers for key, r in SCORER.items()}
-    for key, allowed in ranges.items():
-        value = value_at(config, key)
+    values = [(key, value_at(config, key), allowed) for key, allowed in RANGES.items()]
+    values += [
+        (f"teachers.{name}.{key}", getattr(teacher, key), allowed)
+        for name, teacher in config.teachers.items()
+        for key, allowed in SCORER.items()
+    ]
+    for key, value, allowed in values:
         for number in value if isinstance(value, list | tuple) else [value]:
             if number is not None and number not in allowed:
                 yield key, number, allowed
@@ -109,5 +118,20 @@ def value_at(config: Any, key: str) -> Any:
     for part in key.split("."):
         if value is None:
             return None
-        value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+        value = getattr(value, part)
     return value
+
+
+def not_finite(thing: Any, at: str) -> Iterator[tuple[str, float]]:
+    """Every float within dataclasses, mappings and sequences that is infinite or NaN, with its dotted key."""
+    if isinstance(thing, float) and not math.isfinite(thing):
+        yield at, thing
+    inner: Iterable[tuple[Any, Any]] = ()
+    if is_dataclass(thing):
+        inner = ((f.name, getattr(thing, f.name)) for f in fields(thing))
+    elif isinstance(thing, Mapping):
+        inner = thing.items()
+    elif isinstance(thing, list | tuple):
+        inner = enumerate(thing)
+    for key, value in inner:
+        yield from not_finite(value, f"{at}.{key}")

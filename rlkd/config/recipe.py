@@ -8,18 +8,17 @@ where 1.1 surprises: `off`, `on`, `yes` and `no` are text, `1e-6` is a number, `
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from rlkd.config.places import Entry, Found, Place, did_you_mean, similar
+from rlkd.config.places import COMMAND_LINE, Entry, Found, Place, did_you_mean, similar
 
 Section = dict[str, Entry]
 
 TWICE = "RLKD-C006"  # a key stands twice
-COMMAND_LINE = 10**6  # the command line's problems come after the files'
-MOST_VALUES = 20_000  # of one file, aliases counted each time: a recipe has hundreds
+MOST_VALUES = 5_000  # of one file, aliases counted each time: a recipe has hundreds
+DEEPEST = 30  # sections in sections
 TAG = "tag:yaml.org,2002:"
 _LINE_END = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 IMPLICIT = [
@@ -61,7 +60,8 @@ def merged(below: Section, above: Section) -> Section:
     for key, entry in above.items():
         old = result.get(key)
         if old is not None and isinstance(old.value, dict) and isinstance(entry.value, dict):
-            entry = replace(entry, value=merged(old.value, entry.value))
+            place = old.place if entry.place.on_command_line else entry.place
+            entry = Entry(place, merged(old.value, entry.value))
         result[key] = entry
     return result
 
@@ -77,7 +77,7 @@ class _Files:
         """A file over its defaults. `named` is where another file names it, `above` the files on the way to it."""
         self.order += 1
         order = self.order
-        real = os.path.realpath(path)
+        real = os.path.abspath(path)
         if real in above:
             way = " → ".join(os.path.basename(p) for p in (*above[above.index(real) :], real))
             assert named is not None  # only a file can name a file that is above it
@@ -158,7 +158,9 @@ class Document:
         except yaml.MarkedYAMLError as e:
             mark = e.problem_mark or e.context_mark
             what = ", ".join(part for part in (e.problem, e.context) if part)
-            self._unreadable(what, self._place(mark.line, mark.column) if mark else None)
+            line = self.lines[mark.line] if mark and mark.line < len(self.lines) else ""
+            fix = 'inside of { } and [ ] an interpolation needs quotes: "${…}"' if "${" in line else None
+            self._unreadable(what, self._place(mark.line, mark.column) if mark else None, fix)
         except yaml.reader.ReaderError as e:  # a character that yaml does not allow
             before = _LINE_END.split(self.text[: e.position])
             self._unreadable(f"{e.reason}: {chr(e.character)!r}", self._place(len(before) - 1, len(before[-1])))
@@ -166,9 +168,9 @@ class Document:
             self._unreadable("it is nested too deeply", None)
         return None
 
-    def _unreadable(self, what: str, place: Place | None) -> None:
+    def _unreadable(self, what: str, place: Place | None, fix: str | None = None) -> None:
         place = place or self.fixed or Place(self.path, (self.order, 0, 0))
-        self.found.add("RLKD-C005", f"cannot be read as yaml: {what}", place)
+        self.found.add("RLKD-C005", f"cannot be read as yaml: {what}", place, fix)
 
     def _place(self, line: int, column: int, width: int = 1) -> Place:
         return self.fixed or Place.in_file(self.path, self.lines, line, column, width, self.order)
@@ -181,8 +183,9 @@ class Document:
         """A value, at the place of its key if it has one."""
         place = place or self._at(node)
         self.values += 1
-        if id(node) in self.open or self.values > MOST_VALUES:
-            why = "an alias inside of what it stands for" if id(node) in self.open else f"over {MOST_VALUES} values"
+        if id(node) in self.open or self.values > MOST_VALUES or len(self.open) > DEEPEST:
+            why = f"over {MOST_VALUES} values" if self.values > MOST_VALUES else "it is nested too deeply"
+            why = "an alias inside of what it stands for" if id(node) in self.open else why
             raise yaml.MarkedYAMLError(problem=why, problem_mark=node.start_mark)
         if isinstance(node, yaml.ScalarNode):
             return Entry(place, self._scalar(node), node.value)

@@ -268,7 +268,8 @@ class Shares:
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value) * weight
         for name, value in maxima.items():
-            self.maxima[name] = max(self.maxima.get(name, float("-inf")), float(value))
+            if not torch.isnan(value):
+                self.maxima[name] = max(self.maxima.get(name, float("-inf")), float(value))
 
     @staticmethod
     def merged(parts: Sequence["Shares"]) -> dict[str, float]:

@@ -166,6 +166,7 @@ class Learner(Protocol):
     async def publish(self, version: int) -> None: ...  # returns when every sampler has these weights
     async def save(self, path: str) -> None: ...
     async def load(self, path: str) -> None: ...
+    async def export(self, path: str) -> None: ...  # a Hugging Face folder, and probe.json beside it
 
 
 @runtime_checkable

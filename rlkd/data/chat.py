@@ -1,6 +1,7 @@
 """A model folder's tokenizer behind the port `core.ports.Tokenizer`, and its chat template."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ class HFTokenizer:
         stops = list(dict.fromkeys([*own, *stop_tokens]))
         if not stops:
             raise PreflightError(
-                "RLKD-E113",
+                "RLKD-E153",
                 "the tokenizer has no end token: answers would never end",
                 where=str(tokenizer.name_or_path) or None,
                 fix="give eos_token in tokenizer_config.json, or eos_token_id in generation_config.json",
@@ -52,10 +53,10 @@ class HFTokenizer:
 
         Raises PreflightError for a missing folder, files that make no tokenizer, or an unreadable template.
         """
-        path = Path(folder)
-        if not path.is_dir():
+        path = Path(os.path.expanduser(folder))
+        if not os.path.isdir(path):
             raise PreflightError(
-                "RLKD-E110",
+                "RLKD-E150",
                 "no such model folder",
                 where=str(path),
                 fix=suggestion(path) or "models are folders on disk",
@@ -100,7 +101,7 @@ class HFTokenizer:
         """Raises PreflightError unless there is a chat template."""
         if not self._tokenizer.chat_template:
             raise PreflightError(
-                "RLKD-E114",
+                "RLKD-E154",
                 "the tokenizer has no chat template",
                 where=str(self._tokenizer.name_or_path) or None,
                 fix="give model.chat_template=FILE.jinja, or data.chat=false to use prompts as plain text",
@@ -120,7 +121,7 @@ class HFTokenizer:
             )
         except TemplateSyntaxError as error:
             raise PreflightError(
-                "RLKD-E115",
+                "RLKD-E155",
                 f"the chat template is broken: line {error.lineno}: {error.message}",
                 where=str(self._tokenizer.name_or_path) or None,
                 fix="give a working one: model.chat_template=FILE.jinja",
@@ -144,16 +145,15 @@ def _auto_tokenizer(path: Path, trust_remote_code: bool) -> "PreTrainedTokenizer
         )
     except Exception as error:  # the libraries below raise whatever they meet: KeyError, JSONDecodeError, Exception
         raise PreflightError(
-            "RLKD-E111",
+            "RLKD-E151",
             f"its tokenizer cannot be loaded: {type(error).__name__}: {_first_line(error)}",
             where=str(path),
             fix="the folder needs tokenizer.json and tokenizer_config.json of the model",
         ) from error
-    if len(tokenizer.get_vocab()) <= len(
-        tokenizer.get_added_vocab()
-    ):  # transformers makes an empty one from config.json
+    # From a config.json alone, transformers makes a tokenizer without words for some kinds of model.
+    if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):
         raise PreflightError(
-            "RLKD-E112",
+            "RLKD-E152",
             "its tokenizer has no words but special tokens: the tokenizer's files are missing",
             where=str(path),
             fix="the folder needs tokenizer.json and tokenizer_config.json of the model",
@@ -166,7 +166,7 @@ def _template(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PreflightError(
-            "RLKD-E116",
+            "RLKD-E156",
             f"the chat template cannot be read: {_first_line(error)}",
             where=str(path),
             fix=suggestion(path) or "model.chat_template is a Jinja file",
@@ -190,7 +190,7 @@ def _stop_tokens(folder: Path) -> list[int]:
                 raise ValueError(f"eos_token_id is {found!r}")
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise PreflightError(
-                "RLKD-E117",
+                "RLKD-E157",
                 f"cannot tell the end tokens: {_first_line(error)}",
                 where=str(path),
                 fix="eos_token_id must be a token's number or a list of them",

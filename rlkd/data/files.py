@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ _BOM = b"\xef\xbb\xbf"
 def suggestion(path: Path) -> str | None:
     """The existing names nearest to a path that does not exist, in the last folder of it that does."""
     folder, wanted = path.parent, path.name
-    while not folder.is_dir() and folder != folder.parent:
+    while not os.path.isdir(folder) and folder != folder.parent:
         folder, wanted = folder.parent, folder.name
     try:
         names = sorted(entry.name for entry in folder.iterdir())
@@ -41,12 +42,10 @@ def suggestion(path: Path) -> str | None:
 
 def check_file(path: Path) -> None:
     """Raises DataError unless `path` is a file that can be opened."""
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises for some names that cannot exist
         raise DataError("RLKD-D101", "no such file", where=str(path), fix=suggestion(path))
-    if path.is_dir():
-        raise DataError(
-            "RLKD-D102", "is a folder, not a file", where=str(path), fix="give a file, or say kind: huggingface"
-        )
+    if os.path.isdir(path):
+        raise DataError("RLKD-D102", "a folder, not a file", str(path), "give a file, or say kind: huggingface")
     try:
         path.open("rb").close()
     except OSError as error:
@@ -81,13 +80,31 @@ def _check_head(path: Path, head: bytes) -> None:
             raise DataError("RLKD-D104", f"is {what}", where=str(path), fix=fix)
 
 
+class _Repeated(Exception):
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Python would take the last of two fields of one name, and not say so."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Repeated(next(name for name in found if names.count(name) > 1))
+    return found
+
+
 def _json_row(number: int, where: str, line: bytes) -> Row | BadRow:
+    text = ""
     try:
-        value = json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8").strip()
+        value = json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return BadRow(where, "not UTF-8", f"byte {error.start + 1} is not UTF-8")
     except json.JSONDecodeError as error:
-        return BadRow(where, "not JSON", f"not JSON: {error.msg} at character {error.colno}: {shown(line.strip())}")
+        return BadRow(where, "not JSON", f"not JSON: {error.msg} at character {error.colno}: {shown(text)}")
+    except _Repeated as repeated:
+        return BadRow(where, "repeated field", f"the field {shown(repeated.key)} is there twice")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
         return BadRow(where, "not JSON", f"not JSON that can be read: {str(error)[:80]}")
     if not isinstance(value, dict):
@@ -119,7 +136,7 @@ def huggingface(path: Path, split: str, columns: Columns) -> Iterator[Row | BadR
     import datasets
     import pyarrow as pa
 
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(
             "RLKD-D101",
             "no such dataset folder",
@@ -128,7 +145,7 @@ def huggingface(path: Path, split: str, columns: Columns) -> Iterator[Row | BadR
         )
     try:
         loaded: Any = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
         raise unreadable(path, error) from error
     if isinstance(loaded, datasets.DatasetDict):
         _check_split(split, [str(name) for name in loaded], path)

@@ -111,7 +111,7 @@ def in_child(request: Mapping[str, Any]) -> Mapping[str, Any]:
     if child.returncode != 0:
         said = child.stderr.decode(errors="replace").strip().splitlines()
         raise PreflightError(
-            "RLKD-E120",
+            "RLKD-E158",
             f"reasoning-gym's generator ended with {child.returncode}: {said[-1] if said else 'it said nothing'}",
             where=f"task `{request['task']}`",
             fix="is the package reasoning-gym installed?",

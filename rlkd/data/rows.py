@@ -153,7 +153,7 @@ def _answer(value: object) -> str:
         return _text(value, "the answer", blank=True)
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise _Wrong("answer of a wrong type", f"the answer must be text or a number, not {shown(value)}")
-    if not math.isfinite(value):
+    if not isinstance(value, int) and not (value.is_finite() if isinstance(value, Decimal) else math.isfinite(value)):
         raise _Wrong("answer of a wrong type", f"the answer is {value}")
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
@@ -171,14 +171,20 @@ def _id(value: object) -> str | None:
 
 
 def _digest(answer: str, metadata: Mapping[str, object]) -> bytes:
-    level: list[object] = [metadata]
-    for _ in range(DEEPEST):
-        level = [
-            inner
-            for value in level
-            if isinstance(value, Mapping | list | tuple)
-            for inner in (value.values() if isinstance(value, Mapping) else value)
-        ]
-    if level:
+    if _depth(metadata) > DEEPEST:
         raise _Wrong("nested too deeply", f"a field is nested more than {DEEPEST} levels deep")
     return hashlib.blake2b(repr((answer, metadata)).encode(), digest_size=16).digest()
+
+
+def _depth(value: object) -> int:
+    """Levels of containers, level by level: Python's own recursion would give out on what this must find."""
+    level, depth = [value], -1
+    while level and depth <= DEEPEST:
+        depth += 1
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, Mapping | list | tuple)
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+        ]
+    return depth

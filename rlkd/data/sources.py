@@ -1,5 +1,6 @@
 """Where rows come from. `config.schema.Source` has the shape of `SourceSettings`; data does not import config."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -57,7 +58,7 @@ def opened(source: SourceSettings, setting: str = "data.train") -> Opened:
         return _generated(source, setting)
     if not source.path:
         raise ConfigError("RLKD-C402", "no path given", f"{setting}.path", "name the file or folder with the prompts")
-    path = Path(source.path)
+    path = Path(os.path.expanduser(source.path))
     columns = Columns(source.prompt, source.answer, source.id)
     rows: Iterable[Row | BadRow]
     if source.kind == "jsonl":

@@ -60,7 +60,7 @@ def cpu() -> Check:
 
 def usable_cores() -> float:
     """Cores of this process: its affinity, or less where a container has a quota."""
-    cores: float = len(os.sched_getaffinity(0))
+    cores = float(len(os.sched_getaffinity(0)))
     quota = read_words("/sys/fs/cgroup/cpu.max")
     if len(quota) == 2 and quota[0] != "max":
         cores = min(cores, int(quota[0]) / int(quota[1]))

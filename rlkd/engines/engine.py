@@ -13,16 +13,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from rlkd.core.errors import DataError, PreflightError, RlkdError, WorkerLost
+from rlkd.core.errors import PreflightError, RlkdError, WorkerLost
 from rlkd.core.ports import Completion, Sampling, WeightRef
 from rlkd.core.types import TopK
 from rlkd.engines import weights
+from rlkd.engines.jobs import EngineOptions, Job, Limits, Scoring, Writing, seed_of
 
 log = logging.getLogger("rlkd.engines")
 
@@ -36,9 +37,6 @@ class _Call:
 
 class Engine(ABC):
     """A model that samples and scores. `start` it before use; it begins as version 0, the weights at `options.path`."""
-
-    context: int  # tokens of prompt + answer, set by _build
-    vocabulary: int
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
@@ -54,8 +52,8 @@ class Engine(ABC):
     # --- what a model must bring; all of it runs on the thread
 
     @abstractmethod
-    def _build(self) -> None:
-        """Load the model; set `context` and `vocabulary`."""
+    def _build(self) -> Limits:
+        """Load the model."""
 
     @abstractmethod
     def _add(self, job: Job) -> None:
@@ -79,8 +77,14 @@ class Engine(ABC):
 
     # --- what callers use
 
+    @classmethod
+    def create(cls, **options: Any) -> "Engine":
+        """The engine with EngineOptions given by name: how workers make engines."""
+        return cls(EngineOptions(**options))
+
     def start(self) -> None:
         """Load the model; returns when it can be used. PreflightError if it cannot be loaded."""
+        self.options.check()
         self._thread.start()
         self._started.result()
 
@@ -95,11 +99,9 @@ class Engine(ABC):
         """
         if sampling is None:
             raise ValueError("an engine has no default Sampling; the pool has")
-        self._limits.check(tokens)
-        self._limits.check_sampling(len(tokens), n, sampling)
-        job = Writing(
-            self._id(), n, tokens=tokens.tolist(), seeds=[_seed(seed, k) for k in range(n)], sampling=sampling
-        )
+        self._limits.check_sampling(tokens, n, sampling)
+        seeds = [seed_of(seed, k) for k in range(n)]
+        job = Writing(self._id(), n, tokens=tokens.tolist(), seeds=seeds, sampling=sampling)
         return await self._do(job)
 
     async def logp(self, sequences: Sequence[Int32[np.ndarray, "_"]]) -> list[Float32[np.ndarray, "_"]]:
@@ -144,7 +146,7 @@ class Engine(ABC):
 
     async def _score(self, sequences: Sequence[Int32[np.ndarray, "_"]], k: int) -> list[tuple[Any, TopK]]:
         for tokens in sequences:
-            self._limits.check(tokens)
+            self._limits.check_scoring(tokens)
         if not sequences:
             return []
         return await self._do(Scoring(self._id(), len(sequences), sequences=[s.tolist() for s in sequences], k=k))
@@ -204,7 +206,7 @@ class Engine(ABC):
 
     def _run(self) -> None:
         try:
-            self._build()
+            self._limits = self._build()
         except BaseException as error:
             self._started.set_exception(_unstartable(self.options.path, error))
             return
@@ -264,11 +266,12 @@ def _unstartable(path: str, error: BaseException) -> BaseException:
     if isinstance(error, RlkdError) or not isinstance(error, Exception):
         return error
     log.error("the engine could not be started", exc_info=error)
+    said = " ".join(str(error).split())[:500]
+    fix = "`rlkd doctor` and `rlkd check` look for what is missing; the worker's log has the traceback"
+    if "cache" in said.lower():  # vLLM's words for too little room for keys and values
+        fix = "raise sampler.kv_cache_gib (on GPU sampler.gpu_memory_utilization), or lower model.context"
     problem = PreflightError(
-        "RLKD-E601",
-        f"the model cannot be loaded: {type(error).__name__}: {error}",
-        where=path,
-        fix="`rlkd doctor` and `rlkd check` look for what is missing; the worker's log has the traceback",
+        "RLKD-E601", f"the model cannot be loaded: {type(error).__name__}: {said}", where=path, fix=fix
     )
     problem.__cause__ = error
     return problem

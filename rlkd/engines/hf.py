@@ -18,7 +18,7 @@ from rlkd.core.ports import Completion, Sampling, WeightRef
 from rlkd.core.types import Finish, TopK
 from rlkd.engines.device import pick_device, pick_dtype
 from rlkd.engines.engine import Engine
-from rlkd.engines.jobs import EngineOptions, Job, Scoring, Writing
+from rlkd.engines.jobs import EngineOptions, Job, Limits, Scoring, Writing
 from rlkd.engines.weights import read
 
 
@@ -31,7 +31,7 @@ class HFEngine(Engine):
         self._work: dict[int, Iterator[None]] = {}  # by job, in the order they came
         self._drafts: dict[int, _Draft] = {}
 
-    def _build(self) -> None:
+    def _build(self) -> Limits:
         from transformers import AutoModelForCausalLM
 
         o = self.options
@@ -43,8 +43,8 @@ class HFEngine(Engine):
         )
         self._model = model.eval().requires_grad_(False).to(device)
         config = model.config.get_text_config()
-        self.context = o.context or config.max_position_embeddings
-        self.vocabulary = config.vocab_size
+        context = o.context or config.max_position_embeddings
+        return Limits(o.path, context, config.vocab_size, scored=context)
 
     def _shutdown(self) -> None:
         self._model = None

@@ -1,14 +1,16 @@
 """What is asked of an engine, and what it can be asked."""
 
+import json
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int32
 
-from rlkd.core.errors import DataError
+from rlkd.core.errors import DataError, PreflightError
 from rlkd.core.ports import Sampling
 
 
@@ -29,6 +31,26 @@ class EngineOptions:
     prefix_caching: bool = True
     enforce_eager: bool | None = None
     threads: int | None = None  # None: what OMP_NUM_THREADS says
+
+    def check(self) -> None:
+        """PreflightError if `path` is no model folder, or the model's context is shorter than `context`."""
+        config = Path(self.path) / "config.json"
+        if not config.is_file():
+            raise PreflightError(
+                "RLKD-E605",
+                "this is no model: it has no config.json",
+                where=self.path,
+                fix="model.path must be a Hugging Face folder; `rlkd model get` makes one",
+            )
+        content = json.loads(config.read_text())
+        longest = content.get("text_config", content).get("max_position_embeddings")
+        if self.context is not None and longest is not None and self.context > longest:
+            raise PreflightError(
+                "RLKD-E606",
+                f"model.context={self.context} is more than the {longest} tokens this model was made for",
+                where=str(config),
+                fix=f"model.context={longest} at most",
+            )
 
 
 @dataclass(eq=False)
@@ -74,8 +96,10 @@ class Limits:
     path: str  # of the model, for messages
     context: int  # tokens of prompt + answer
     vocabulary: int
+    scored: int  # tokens of a sequence that is scored
 
     def check(self, tokens: Int32[np.ndarray, "_"]) -> None:
+        """DataError unless these tokens can be given to the model."""
         if len(tokens) == 0:
             raise DataError(
                 "RLKD-D601", "an empty sequence was given to the model", fix="prompts need at least a token"
@@ -88,21 +112,28 @@ class Limits:
                 where=self.path,
                 fix="prompts must be written with this model's own tokenizer",
             )
-        if len(tokens) > self.context:
-            raise self._too_long(f"a sequence of {len(tokens)} tokens does")
 
-    def check_sampling(self, prompt: int, n: int, sampling: Sampling) -> None:
+    def check_scoring(self, tokens: Int32[np.ndarray, "_"]) -> None:
+        """DataError unless this sequence can be scored."""
+        self.check(tokens)
+        if len(tokens) > self.scored:
+            raise self._too_long(f"a sequence of {len(tokens)} tokens to be scored", self.scored)
+
+    def check_sampling(self, tokens: Int32[np.ndarray, "_"], n: int, sampling: Sampling) -> None:
+        """DataError unless the prompt and its answer fit; ValueError for what no recipe can ask."""
+        self.check(tokens)
         if n < 1 or sampling.max_tokens < 1 or not 0 <= sampling.min_tokens <= sampling.max_tokens:
             raise ValueError(f"nothing to write: n={n}, {sampling}")
         if sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
             raise ValueError(f"no distribution: {sampling}")
-        if prompt + sampling.max_tokens > self.context:
-            raise self._too_long(f"a prompt of {prompt} tokens and an answer of {sampling.max_tokens} do")
+        if len(tokens) + sampling.max_tokens > self.context:
+            what = f"a prompt of {len(tokens)} tokens and an answer of up to {sampling.max_tokens}"
+            raise self._too_long(what, self.context)
 
-    def _too_long(self, what: str) -> DataError:
+    def _too_long(self, what: str, room: int) -> DataError:
         return DataError(
             "RLKD-D603",
-            f"{what} not fit into the model's context of {self.context} tokens",
+            f"{what}: the model has room for {room} tokens",
             where=self.path,
             fix="lower data.max_prompt_tokens or sampler.max_tokens, or raise model.context if the model allows it",
         )

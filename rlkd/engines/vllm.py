@@ -17,32 +17,37 @@ from rlkd.core.ports import Completion, WeightRef
 from rlkd.core.types import Finish, TopK
 from rlkd.engines.device import pick_device, pick_dtype
 from rlkd.engines.engine import Engine
-from rlkd.engines.jobs import EngineOptions, Job, Scoring, Writing
+from rlkd.engines.jobs import EngineOptions, Job, Limits, Scoring, Writing
 
 CPU_BLOCK = 32  # tokens; vLLM's 128 on CPU never shares a prompt that is shorter than that
 
 
-def environment(threads: int | None) -> dict[str, str]:
+def environment(options: EngineOptions) -> dict[str, str]:
     """What must be in the environment before vLLM is imported. OMP_NUM_THREADS should be there before torch is."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    return wanted | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    if options.threads:
+        wanted["OMP_NUM_THREADS"] = str(options.threads)
+    if pick_device(options.device) == "cpu" and options.enforce_eager is not False:
+        # vLLM compiles the ranks of log-probs even when it runs eagerly: a C++ compiler and seconds, for nothing here.
+        wanted["TORCHDYNAMO_DISABLE"] = "1"
+    return wanted
 
 
-def prepare(threads: int | None) -> None:
+def prepare(options: EngineOptions) -> None:
     """Set the environment. PreflightError when vLLM was imported before with other settings."""
-    for name, value in environment(threads).items():
+    for name, value in environment(options).items():
         if "vllm" in sys.modules and name.startswith("VLLM_ENABLE") and os.environ.get(name) != value:
             raise PreflightError(
                 "RLKD-E604",
                 f"vllm was imported before {name}={value} was set",
                 fix="construct the engine in a process of its own (a Ray actor)",
             )
-        os.environ[name] = os.environ.get(name, value) if name == "VLLM_LOGGING_LEVEL" else value
+        os.environ[name] = value
 
 
 class VLLMEngine(Engine):
@@ -50,13 +55,13 @@ class VLLMEngine(Engine):
 
     def __init__(self, options: EngineOptions) -> None:
         super().__init__(options)
-        prepare(options.threads)
+        prepare(options)
         self._engine: Any = None
         self._parts: dict[str, _Part] = {}  # by request id
 
     # --- the model
 
-    def _build(self) -> None:
+    def _build(self) -> Limits:
         if self.options.threads:
             torch.set_num_threads(self.options.threads)  # OpenMP counts threads per calling thread, and this is it
         # On an error vLLM prints every running request; the error itself comes to whoever waits.
@@ -65,9 +70,12 @@ class VLLMEngine(Engine):
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self._engine = LLMEngine.from_engine_args(EngineArgs(**self._arguments()))
+        # The folder's own end tokens would be forbidden before min_tokens, beside those of `sampling`.
+        self._engine.input_processor.generation_config_fields.pop("eos_token_id", None)
         config = self._engine.vllm_config.model_config
-        self.context, self.vocabulary = config.max_model_len, config.get_vocab_size()
         self._mark_version()
+        context = config.max_model_len
+        return Limits(self.options.path, context, config.get_vocab_size(), scored=context - 1)
 
     def _arguments(self) -> dict[str, Any]:
         o = self.options

@@ -12,7 +12,7 @@ one in training and one held out.
 
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
@@ -52,13 +52,19 @@ class Problem:
 
     @property
     def worked(self) -> str:
-        """The answer as a pupil writes it: every column with its carry, then the mark and the sum."""
+        """The right way: every column with its carry, then the mark and the sum."""
+        return self.written(lambda: False)
+
+    def written(self, forgets: Callable[[], bool]) -> str:
+        """What a pupil writes who may forget a carry: `forgets` is asked once for each carry that is not 0."""
         columns, digits, carry = [], "", 0
         for left, right in zip(reversed(str(self.left)), reversed(str(self.right)), strict=True):
             total = int(left) + int(right) + carry
             columns.append(f"{left}+{right}+{carry}={total:02d};")
             carry, digit = divmod(total, 10)
             digits = f"{digit}{digits}"
+            if carry and forgets():
+                carry = 0
         return "".join(columns) + ANSWER_MARK + (str(carry) if carry else "") + digits
 
     @property

@@ -1,6 +1,5 @@
 """A folder that appears whole or not at all."""
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,20 +29,30 @@ def new_folder(directory: Path) -> Iterator[Path]:
     Raises PreflightError if something is at `directory` when the block begins or, put there by somebody else, when it
     ends, or if the folder cannot be made.
     """
+    directory = directory.resolve()
     check_free(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-partial-")
     except OSError as error:
-        raise PreflightError(
-            "RLKD-E704",
-            f"cannot write there: {error.strerror}",
-            where=str(directory.parent),
-            fix="give a directory that you may write to",
-        ) from error
+        raise _cannot_write(directory, error) from error
     with scratch:
         folder = Path(scratch.name) / "whole"
         folder.mkdir()
         yield folder
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors writes 0600; workers of other users read the folder too
         check_free(directory)
-        os.replace(folder, directory)
+        try:
+            folder.replace(directory)
+        except OSError as error:
+            raise _cannot_write(directory, error) from error
+
+
+def _cannot_write(directory: Path, error: OSError) -> PreflightError:
+    return PreflightError(
+        "RLKD-E704",
+        f"cannot write a folder there: {error.strerror}",
+        where=str(directory),
+        fix="give a directory that you may write to",
+    )

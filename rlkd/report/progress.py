@@ -1,75 +1,117 @@
-"""What the terminal shows: a live picture where there is a terminal, one line a step where there is none."""
+"""What the terminal shows while a run goes on: a live picture on a terminal, one line a step elsewhere.
 
-import math
+All of it goes to stderr; stdout is for results. A terminal that goes away does not end the run.
+"""
+
+import os
 import sys
-from collections.abc import Mapping
-from typing import TextIO
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
-STAGES = ("rollout", "verify", "guide", "score", "learn", "sync", "save")
+from rlkd.report import words
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the program here, and close stdout."""
+        raise BrokenPipeError
 
 
 class Progress:
-    """Shows steps as they come. Everything goes to stderr: stdout is for results."""
+    """Shows steps as they come, on `stream`, a text file (None: stderr).
 
-    def __init__(self, steps: int, stream: TextIO | None = None) -> None:
+    `live=None`: live if stdout and stderr are terminals that can.
+    """
+
+    def __init__(self, steps: int, stream: Any = None, live: bool | None = None) -> None:
         self.steps = steps
-        self.console = Console(file=stream or sys.stderr, highlight=False)
         self.first_reward: float | None = None
-        self.live: Live | None = None
-        if self.console.is_terminal:
-            self.live = Live(Text("starting …"), console=self.console, refresh_per_second=4)
-            self.live.start()
+        self.pass_at_1: float | None = None
+        self.finished = 0  # groups since the last step
+        self._stream = stream or sys.stderr
+        self._row: Mapping[str, Any] = {}
+        self._sample: Mapping[str, Any] | None = None
+        self._gone = False
+        self._live: Live | None = None
+        self._console = _Console(file=self._stream, highlight=False, markup=False, emoji=False)
+        if _capable(self._stream) if live is None else live:
+            self._live = Live(get_renderable=self._picture, console=self._console, refresh_per_second=2)
+            self._safely(self._live.start)
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self.console.print(text, markup=False, soft_wrap=True)
-
-    def step(self, step: int, row: Mapping[str, float], seconds: Mapping[str, float], sample: str) -> None:
-        if self.first_reward is None:
-            self.first_reward = row["reward/mean"]
-        if self.live is None:
-            self.say(self._line(step, row))
+    def say(self, text: str, style: str = "") -> None:
+        """A line that stays, above the live picture."""
+        if self._live is None:
+            self._safely(lambda: print(text, file=self._stream, flush=True))
         else:
-            self.live.update(self._picture(step, row, seconds, sample))
+            self._safely(lambda: self._console.print(Text(text, style=style), soft_wrap=True))
+
+    def group(self) -> None:
+        """A group is finished."""
+        self.finished += 1
+
+    def step(self, row: Mapping[str, Any], sample: Mapping[str, Any] | None = None) -> None:
+        """A step is done: its row of metrics, and one sample to look at (samples.one_line)."""
+        self._row, self._sample, self.finished = row, sample, 0
+        if self.first_reward is None:
+            self.first_reward = words.known(row, "reward/mean")
+        if self._live is None:
+            seconds = " ".join(f"{stage} {s:.1f}" for stage, s in words.stage_seconds(row).items())
+            self.say("  ".join([f"step {row['step']}/{self.steps}", *self._headline(), seconds]).rstrip())
+
+    def evaluated(self, pass_at_1: float) -> None:
+        """The newest held-out pass@1."""
+        self.pass_at_1 = pass_at_1
 
     def close(self) -> None:
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
+        """The last picture stays; more can be said."""
+        if self._live is not None:
+            self._safely(self._live.stop)
+            self._live = None
 
-    def _line(self, step: int, row: Mapping[str, float]) -> str:
-        change = row["reward/mean"] - (self.first_reward or 0.0)
-        parts = [
-            f"step {step}/{self.steps}",
-            f"reward {number(row['reward/mean'])} ({change:+.3f})",
-            f"length {number(row['length/mean'], 1)}",
-            f"cut off {row['truncated']:.0%}",
-            f"mismatch {row.get('mismatch/mean', math.nan):.1e}",
-            f"{row['seconds']:.1f} s",
-        ]
-        return "  ".join(parts)
+    @property
+    def width(self) -> int:
+        """Columns of the terminal; 80 if it is none."""
+        return self._console.width
 
-    def _picture(
-        self, step: int, row: Mapping[str, float], seconds: Mapping[str, float], sample: str
-    ) -> RenderableType:
-        head = Table.grid(padding=(0, 1), expand=False)
-        head.add_row(Text(self._line(step, row)))
-        head.add_row(ProgressBar(total=self.steps, completed=step, width=min(60, self.console.width - 2)))
-        bars = Table.grid(padding=(0, 1))
-        longest = max([*seconds.values(), 1e-9])
-        for stage in STAGES:
-            if stage in seconds:
-                width = max(1, round(20 * seconds[stage] / longest))
-                bars.add_row(Text(stage), Text("█" * width, style="cyan"), Text(f"{seconds[stage]:.1f} s"))
-        shown = Text(sample, overflow="ellipsis", no_wrap=True, style="dim")
-        return Group(head, bars, shown)
+    def _headline(self) -> list[str]:
+        return words.headline(self._row, self.first_reward, self.pass_at_1)
+
+    def _picture(self) -> Text:
+        width = self._console.width
+        done = self._row.get("step", 0)
+        pieces = [f"step {done:>{len(str(self.steps))}}/{self.steps}"]
+        if width >= 60:
+            pieces.append(words.progress_bar(done, self.steps, 20))
+        if self._row:
+            pieces += self._headline()
+        if self.finished:
+            pieces.append(f"next: {self.finished} groups")
+        lines = [*words.flow(pieces, width), *words.flow(words.stage_bars(self._row), width, "  ")]
+        text = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+        if self._sample is not None:
+            sample = Text(f"  sample  {words.sample_line(self._sample)}", style="dim", end="")
+            sample.truncate(width, overflow="ellipsis")
+            text.append("\n").append_text(sample)
+        return text
+
+    def _safely(self, show: Callable[[], object]) -> None:
+        """Show something, unless the terminal has gone (closed window, broken pipe): then nothing is shown any more."""
+        if self._gone:
+            return
+        try:
+            show()
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            self._gone = True
+            if self._live is not None:
+                with suppress(OSError, ValueError):
+                    self._live.stop()  # gives stdout and stderr back, even if it cannot draw any more
+
+
+def _capable(stream: Any) -> bool:
+    """Whether a live picture can be drawn: on a terminal that moves its cursor, with stdout on a terminal too."""
+    return stream.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")

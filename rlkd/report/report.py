@@ -1,29 +1,57 @@
-"""What a run tells: metrics, samples, evaluations, events, the terminal, trackers.
+"""What a run tells, in its directory, on the terminal and to trackers:
 
-metrics.jsonl          one row a step: the source of truth
-samples/step-…jsonl    a few groups of a step, readable
-eval/step-…json        held-out evaluations
-events.jsonl           warnings, lost workers, saves, waits
-reward.svg             the reward curve, at the end
+    metrics.jsonl           one row a step: the source of truth (report/metrics.py has the names)
+    samples/step-….jsonl    a few groups of a step, readable
+    eval/step-….json        held-out evaluations
+    events.jsonl            warnings, lost workers, saves, waits
+    reward.svg              the reward curve, at the end
+
+Every file is append-only or replaced whole, and read back by report/history.py. Durations come from the monotonic
+clock; wall time is only recorded.
 """
 
-import json
 import math
-import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-
-from rlkd.core.types import Finish, Group
-from rlkd.report import plot
-from rlkd.report.files import Lines, plain, read_lines, replace_file, write_samples
+from rlkd.core.types import Group
+from rlkd.report import plot, samples
+from rlkd.report.files import Lines, as_json, replace_file
+from rlkd.report.history import History
+from rlkd.report.isolated import Isolated
+from rlkd.report.metrics import Observed, newest_version, of_batch
 from rlkd.report.progress import Progress
-from rlkd.report.sinks import Isolated
+from rlkd.report.summary import summary
+
+OUTSIDE = ("evaluate", "save")  # stages that are not part of what a step takes
+SILENT = ("checkpoint",)  # kinds of events that are not shown
+BURST, BURST_S = 5, 10.0  # at most so many events of one kind are shown in so many seconds
+
+
+@runtime_checkable
+class Estimate(Protocol):
+    """One pass@k with its 95 % interval (train/passk.py)."""
+
+    @property
+    def k(self) -> int: ...
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def prompts(self) -> int: ...
+    @property
+    def left_out(self) -> int: ...
+    @property
+    def interval(self) -> str: ...
 
 
 @runtime_checkable
@@ -31,189 +59,186 @@ class Evaluated(Protocol):
     """A held-out evaluation's result (train/passk.py)."""
 
     @property
-    def pass_at(self) -> Mapping[int, Any]: ...
+    def estimates(self) -> Sequence[Any]: ...  # of Estimate
     def metrics(self) -> dict[str, float]: ...
 
 
 @dataclass
-class Observed:
-    """What came from the rollout workers since the last step, trained or not."""
-
-    groups: int = 0
-    outcomes: dict[str, int] = field(default_factory=lambda: {"all_right": 0, "all_wrong": 0, "mixed": 0})
-    rollout_s: list[float] = field(default_factory=list)
-
-    def add(self, group: Group, seconds: Mapping[str, float], success: float) -> None:
-        self.groups += 1
-        right = [s.reward > success for s in group.samples]
-        kind = "all_right" if all(right) else "all_wrong" if not any(right) else "mixed"
-        self.outcomes[kind] += 1
-        self.rollout_s.append(seconds.get("rollout", math.nan))
-
-    def row(self) -> dict[str, float]:
-        if not self.groups:
-            return {}
-        shares = {f"groups/{kind}": n / self.groups for kind, n in self.outcomes.items()}
-        return {"groups/finished": float(self.groups), **shares, "rollout/group_s": statistics.mean(self.rollout_s)}
-
-
-@dataclass
 class Report:
-    """All of it, for one attempt of a run in `directory`."""
+    """All of it, for one attempt of a run. Used from one thread. OSError if the directory cannot be written to."""
 
     directory: Path
-    decode: Callable[[np.ndarray], str]
+    decode: samples.Decode
     steps: int
-    samples_per_step: int = 4
-    success: float = 0.5
+    samples_per_step: int = 4  # groups written out; 0: none
+    success: float = 0.5  # a reward above this is right
     attempt: int = 1
     sinks: list[Isolated] = field(default_factory=list)
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        self.history = _upto_last(read_lines(self.directory / "metrics.jsonl"))
-        self._metrics = Lines(self.directory / "metrics.jsonl")
+        self._began = time.monotonic()
+        self._step_began: float | None = None
+        self._observed = Observed(self.success)
+        self._shown: dict[str, list[float]] = defaultdict(list)
+        self._unshown: dict[str, int] = defaultdict(int)
+        self._complained = False
+        self._closed = False
         self._events = Lines(self.directory / "events.jsonl")
-        self._observed = Observed()
-        self._began = self._last = time.monotonic()
-        self._samples = 0
-        self.evaluations: dict[int, Evaluated] = {}
+        self._metrics = Lines(self.directory / "metrics.jsonl")
+        for lines in (self._events, self._metrics):
+            if lines.cut is not None:
+                self.event("warning", f"{lines.path.name}: an unfinished last line was taken out", line=lines.cut)
 
     def observe(self, group: Group, seconds: Mapping[str, float]) -> None:
-        """A group has its rewards; it may yet be turned away."""
-        self._observed.add(group, seconds, self.success)
+        """A group has its rewards, `seconds` per stage after it began; it may yet be turned away."""
+        if self._step_began is None:
+            self._step_began = time.monotonic() - sum(seconds.values())
+        self._observed.add(group, seconds)
+        if self.progress is not None:
+            self.progress.group()
 
     def step(
         self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], timings: Mapping[str, float]
     ) -> None:
-        """An optimizer step is done; `timings` are seconds per stage."""
-        now = time.monotonic()
-        row = {
-            **_of_samples(groups),
-            **self._observed.row(),
-            **metrics,
-            **{f"seconds/{stage}": s for stage, s in timings.items()},
-            "seconds": now - self._last,
-        }
-        self._last, self._observed = now, Observed()
-        self._samples += sum(len(g.samples) for g in groups)
-        stamp = {"step": step, "attempt": self.attempt, "time": time.time(), "elapsed": now - self._began}
-        self._metrics.write({**row, **stamp})
-        self.history.append({**row, **stamp})
-        if self.samples_per_step:
-            path = self.directory / "samples" / f"step-{step:06d}.jsonl"
-            write_samples(path, groups[: self.samples_per_step], self.decode)
-        for sink in self.sinks:
-            sink.write(step, {k: v for k, v in row.items() if math.isfinite(v)})
+        """An optimizer step is done, the `step`-th of the run. `groups` were trained, `metrics` are what learner,
+        algorithm and loop have to say, `timings` seconds of wall time per stage since the step before."""
+        row = self._row(step, groups, metrics, timings)
+        infinite = sorted(name for name, v in row.items() if isinstance(v, float) and math.isinf(v))
+        if infinite:  # null in the file, like what is unknown
+            self.event("warning", f"step {step}: infinite: {', '.join(infinite)}", step=step)
+        self._metrics.write(row)
+        self._complain()
+        self._write_samples(step, groups)
+        self._feed(step, row)
         if self.progress is not None:
-            self.progress.step(step, row, timings, self._one_sample(groups))
+            self.progress.step(row, self._one_sample(step, groups))
 
     def evaluation(self, step: int, result: Evaluated) -> None:
-        self.evaluations[step] = result
-        replace_file(
-            self.directory / "eval" / f"step-{step:06d}.json", json.dumps(plain({"step": step, **result.metrics()}))
-        )
-        for sink in self.sinks:
-            sink.write(step, {k: v for k, v in result.metrics().items() if math.isfinite(v)})
-        estimates = ", ".join(f"pass@{k} {e}" for k, e in result.pass_at.items())
-        self.say(f"held out after step {step}: {estimates}")
-        self._last = time.monotonic() if step == 0 else self._last
+        """A held-out evaluation of the policy after `step` steps."""
+        names = ("k", "value", "low", "high", "prompts", "left_out", "interval")
+        estimates = [{name: getattr(e, name) for name in names} for e in result.estimates]
+        record = {"step": step, **self._stamp(), "estimates": estimates, **result.metrics()}
+        self._try(lambda: replace_file(self.directory / "eval" / f"step-{step:06d}.json", as_json(record) + "\n"))
+        self._feed(step, result.metrics())
+        shown = " · ".join(str(e) for e in result.estimates)
+        if self.progress is not None and not math.isnan(first := _pass_at_1(result.estimates)):
+            self.progress.evaluated(first)
+        self.say(f"held out after step {step}: {shown}")
 
     def event(self, kind: str, text: str, **fields: Any) -> None:
-        """Something that is not a metric: kept in events.jsonl; warnings are also shown."""
-        self._events.write({"kind": kind, "text": text, "time": time.time(), "attempt": self.attempt, **fields})
-        if kind not in ("checkpoint",):
-            self.say(f"[{kind}] {text}")
+        """Something that is not a metric. A flood of one kind is shown only in part, and kept whole in events.jsonl."""
+        if kind == "unjudged":
+            self._observed.unjudged += int(fields.get("samples", 1))
+        if not self._closed:
+            self._events.write({**fields, "kind": kind, "text": text, **self._stamp()})
+        if kind in SILENT:
+            return
+        now = time.monotonic()
+        recent = self._shown[kind] = [t for t in self._shown[kind] if now - t < BURST_S]
+        if len(recent) >= BURST:
+            self._unshown[kind] += 1
+            return
+        recent.append(now)
+        more = self._unshown.pop(kind, 0)
+        self.say(f"[{kind}] {text}" + (f"   (and {more} more before, see events.jsonl)" if more else ""))
 
     def say(self, text: str) -> None:
+        """A line on the terminal, kept nowhere."""
         if self.progress is not None:
             self.progress.say(text)
 
+    def summary(self, model: Path | None = None) -> str:
+        """The end of the run for stdout: curve, before and after, speed, where things are (report/summary.py)."""
+        if self.progress is not None:
+            self.progress.close()
+        self._picture()
+        width = min(100, self.progress.width if self.progress is not None else 72)
+        return summary(self.directory, model, width, sys.stdout.encoding)
+
     def close(self) -> None:
+        """Finish sinks and files. Takes as long as the slowest sink may (30 s). Can be called twice."""
+        if self._closed:
+            return
+        self._closed = True
         if self.progress is not None:
             self.progress.close()
         for sink in self.sinks:
             sink.close()
-        if self.history:
-            replace_file(self.directory / "reward.svg", plot.svg(*self.curve(), title=self.directory.name))
-        self._metrics.close()
-        self._events.close()
+        self._picture()
+        for kind, n in self._unshown.items():
+            self.say(f"[{kind}] {n} more, see events.jsonl")
+        for lines in (self._metrics, self._events):
+            lines.close()
+            if lines.held or lines.lost:
+                self.say(f"[warning] {lines.held + lines.lost} rows could not be written: {lines.problem}")
 
-    def curve(self) -> tuple[list[int], list[float], dict[int, float]]:
-        """Steps, their mean training reward, and held-out pass@1 by step."""
-        evals = {step: float(r.pass_at[1].value) for step, r in self.evaluations.items() if 1 in r.pass_at}
-        rewards = [math.nan if row["reward/mean"] is None else float(row["reward/mean"]) for row in self.history]
-        return [int(row["step"]) for row in self.history], rewards, evals
+    def _row(
+        self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], timings: Mapping[str, float]
+    ) -> dict[str, Any]:
+        now = time.monotonic()
+        row: dict[str, Any] = {**self._observed.row(), **of_batch(groups)}
+        row |= {f"learner/{name}" if name in row else name: value for name, value in metrics.items()}
+        row |= {f"seconds/{stage}": s for stage, s in timings.items()}
+        outside = sum(timings.get(stage, 0.0) for stage in OUTSIDE)
+        took = math.nan if self._step_began is None else max(0.0, now - self._step_began - outside)
+        row["seconds/step"] = took
+        row["samples_per_second"] = row["batch/samples"] / took if took > 0 else math.nan
+        row["tokens_per_second"] = row["batch/tokens"] / took if took > 0 else math.nan
+        row |= {"step": step, "version": newest_version(groups), **self._stamp()}
+        self._step_began, self._observed = now, Observed(self.success)
+        return row
 
-    def summary(self) -> str:
-        """The end of the run, for people: the curve, pass@1 before and after, seconds by stage, where things are."""
-        lines = []
-        if len(self.history) > 1:
-            lines.append(plot.terminal(*self.curve()))
-        lines += self._before_and_after()
-        by_stage: dict[str, list[float]] = defaultdict(list)
-        for row in self.history:
-            for name, value in row.items():
-                if name.startswith("seconds/") and value is not None:
-                    by_stage[name.removeprefix("seconds/")].append(float(value))
-        if self.history:
-            each = statistics.median(float(row["seconds"]) for row in self.history)
-            parts = ", ".join(f"{stage} {statistics.median(v):.2f}" for stage, v in sorted(by_stage.items()))
-            elapsed = self._last - self._began
-            lines.append(f"seconds per step (median): {each:.2f} — {parts}")
-            lines.append(
-                f"{self._samples:,} samples trained in {elapsed:.0f} s ({self._samples / elapsed:.1f} a second)"
-            )
-        lines.append(f"run directory: {self.directory} (metrics.jsonl, samples/, eval/, reward.svg, checkpoints/)")
-        return "\n".join(lines)
+    def _stamp(self) -> dict[str, Any]:
+        """When: wall time for the record, seconds of this attempt for calculating, and which attempt."""
+        wall = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
+        return {"time": wall, "elapsed": time.monotonic() - self._began, "attempt": self.attempt}
 
-    def _before_and_after(self) -> list[str]:
-        if not self.evaluations:
-            return []
-        first, last = min(self.evaluations), max(self.evaluations)
-        lines = []
-        for k, before in self.evaluations[first].pass_at.items():
-            after = self.evaluations[last].pass_at[k]
-            text = f"pass@{k} on {before.prompts} held-out prompts: {before}"
-            if last != first:
-                apart = "do not overlap" if after.low > before.high or before.low > after.high else "overlap"
-                text += f" → {after}   (95 % intervals {apart})"
-            lines.append(text)
-        return lines
+    def _write_samples(self, step: int, groups: Sequence[Group]) -> None:
+        shown = samples.shown(groups, self.samples_per_step)
+        if shown:
+            path = self.directory / "samples" / f"step-{step:06d}.jsonl"
+            self._try(lambda: samples.write_samples(path, step, shown, self.decode))
 
-    def _one_sample(self, groups: Sequence[Group]) -> str:
-        group = groups[0]
-        sample = group.samples[0]
-        text = self.decode(sample.tokens[-sample.answer_tokens :])
-        question = (group.prompt.text or self.decode(group.prompt.tokens)).strip().replace("\n", " ")
-        return f"“{question}” → “{text.strip()}”  reward {sample.reward:.2f}".replace("\n", " ")
+    def _one_sample(self, step: int, groups: Sequence[Group]) -> Mapping[str, Any] | None:
+        """Another prompt and another place in its group from step to step, so that good and bad ones are seen."""
+        groups = [g for g in groups if g.samples]
+        if not groups:
+            return None
+        group = groups[step % len(groups)]
+        return samples.one_line(group, group.samples[step % len(group.samples)], self.decode, self.success)
 
+    def _feed(self, step: int, row: Mapping[str, Any]) -> None:
+        numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
+        numbers.pop("step", None)
+        for sink in self.sinks:
+            sink.write(step, numbers)
 
-def _of_samples(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over the step's samples."""
-    samples = [s for g in groups for s in g.samples]
-    rewards = np.array([s.reward for s in samples])
-    lengths = np.array([s.answer_tokens for s in samples])
-    row = {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()),
-        "length/mean": float(lengths.mean()),
-        "length/max": float(lengths.max()),
-        "truncated": sum(s.finish == Finish.LENGTH for s in samples) / len(samples),
-        "guided": sum(s.guided for s in samples) / len(samples),
-        "samples": float(len(samples)),
-        "tokens": float(sum(len(s.tokens) for s in samples)),
-    }
-    for name in samples[0].scores:
-        row[f"score/{name}"] = float(np.mean([s.scores.get(name, math.nan) for s in samples]))
-    return row
+    def _picture(self) -> None:
+        try:
+            history = History.read(self.directory)
+        except (ValueError, KeyError) as broken:  # a file was changed by somebody else
+            self.event("warning", f"no reward.svg: {broken}")
+            return
+        if history.rows or history.evaluations:
+            self._try(lambda: replace_file(self.directory / "reward.svg", plot.svg(history, self.directory.name)))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """Write a file that the run can do without; say so if that does not work."""
+        try:
+            write()
+        except OSError as e:
+            self.event("warning", f"{e.filename or self.directory}: {e.strerror}; the run goes on")
+
+    def _complain(self) -> None:
+        """Say once when the disk stops taking metrics, and once when it takes them again."""
+        problem = self._metrics.problem
+        if problem is not None and not self._complained:
+            self.event("warning", f"{problem}; rows are held in memory, and written as soon as that works")
+        elif problem is None and self._complained:
+            self.event("warning", "metrics are written again, with all rows that were held")
+        self._complained = problem is not None
 
 
-def _upto_last(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of earlier attempts, each step once: the latest attempt's."""
-    by_step: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        for later in [s for s in by_step if s >= row["step"]]:
-            del by_step[later]  # a resumed run did these steps again
-        by_step[row["step"]] = row
-    return [by_step[s] for s in sorted(by_step)]
+def _pass_at_1(estimates: Sequence[Estimate]) -> float:
+    return next((float(e.value) for e in estimates if e.k == 1), math.nan)

@@ -1,118 +1,161 @@
-"""Where metrics also go. metrics.jsonl is the source of truth; a sink that is slow, down or refuses never holds up or
-ends a run: it works in its own thread behind a bounded queue, and what it could not take is counted."""
+"""Where metrics also go: TensorBoard's event files, and Weights & Biases through a process of its own."""
 
-import queue
-import threading
-from collections.abc import Callable, Mapping
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-QUEUE = 1000  # rows waiting for one sink; beyond that the oldest is dropped
+from rlkd.report.files import as_json, replace_file
+from rlkd.report.isolated import Isolated, Say
 
-
-class Sink(Protocol):
-    """Somewhere that takes a row of metrics a step. Opened, fed and closed in a thread of its own."""
-
-    def open(self) -> None: ...
-    def write(self, step: int, row: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
-
-
-class Isolated:
-    """A sink behind a queue. Its first error is told once and ends it; rows it did not take are counted."""
-
-    def __init__(self, name: str, sink: Sink, tell: Callable[[str], None], room: int = QUEUE) -> None:
-        self.name, self.dropped = name, 0
-        self._sink, self._tell = sink, tell
-        self._rows: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(room)
-        self._failed = False
-        self._thread = threading.Thread(target=self._run, name=f"sink-{name}", daemon=True)
-        self._thread.start()
-
-    def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Never blocks, never raises."""
-        if self._failed:
-            self.dropped += 1
-            return
-        while True:
-            try:
-                self._rows.put_nowait((step, row))
-                return
-            except queue.Full:
-                self._drop_oldest()
-
-    def _drop_oldest(self) -> None:
-        try:
-            self._rows.get_nowait()
-            self.dropped += 1
-        except queue.Empty:  # the sink took it in the meantime
-            return
-
-    def close(self, wait_s: float = 10.0) -> None:
-        """Give the sink `wait_s` seconds to finish, then leave it."""
-        left = self._rows.qsize()
-        try:
-            self._rows.put_nowait(None)
-        except queue.Full:
-            self._drop_oldest()
-            self._rows.put_nowait(None)
-        self._thread.join(wait_s)
-        if self._thread.is_alive():
-            self._tell(f"{self.name} did not finish within {wait_s:g} s: up to {left} rows are not there")
-        elif self.dropped:
-            self._tell(f"{self.name} did not take {self.dropped} rows; they are in metrics.jsonl")
-
-    def _run(self) -> None:
-        try:
-            self._sink.open()
-            while (item := self._rows.get()) is not None:
-                self._sink.write(*item)
-            self._sink.close()
-        except Exception as e:  # whatever a tracker raises, the run goes on
-            self._failed = True
-            while not self._rows.empty():
-                self._drop_oldest()
-            self._tell(f"{self.name} is off for the rest of this run: {type(e).__name__}: {e}")
+__all__ = ["Isolated", "TensorBoard", "Wandb"]
 
 
 class TensorBoard:
+    """Event files for `tensorboard --logdir`. A resumed run hides the steps it does again."""
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.writer: Any = None
 
-    def open(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(self.directory))
+    def open(self, say: Say) -> None:
+        import torch.utils.tensorboard  # noqa: F401  fails now if it is not installed, and not at the first row
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.directory), purge_step=step)
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def kill(self) -> None:
+        """Nothing to end: its thread ends with the program."""
 
 
 class Wandb:
-    """Weights & Biases; `offline` needs no account and can be synced later with `wandb sync`."""
+    """`offline` needs no account and can be sent later with `wandb sync`; `online` without a login falls back to it.
 
-    def __init__(self, directory: Path, project: str, name: str, mode: str, config: Mapping[str, Any]) -> None:
-        self.settings: dict[str, Any] = {
-            "dir": str(directory),
-            "project": project,
-            "name": name,
-            "mode": mode,
-            "config": dict(config),
-        }
+    `config` is shown to everybody who sees the run: give the redacted one. Files are under `directory`/wandb; all
+    attempts of a run have one wandb id.
+    """
 
-    def open(self) -> None:
-        import wandb
+    def __init__(
+        self,
+        directory: Path,
+        project: str,
+        name: str,
+        mode: str,
+        config: Mapping[str, Any],
+        start_s: float = 90.0,
+        finish_s: float = 15.0,
+    ) -> None:
+        self.directory, self.start_s, self.finish_s = directory, start_s, finish_s
+        self.settings = {"dir": str(directory), "project": project, "name": name, "mode": mode, "config": config}
+        self.process: subprocess.Popen[bytes] | None = None
+        self._heard = b""
 
-        self.run = wandb.init(**self.settings, resume="allow", id=self.settings["name"], settings=wandb.Settings(
-            silent=True, init_timeout=60))  # fmt: skip
+    @property
+    def _log(self) -> Path:
+        return self.directory / "wandb" / "process.log"
+
+    def open(self, say: Say) -> None:
+        """Start the process and wait until wandb is ready. RuntimeError if it says no, TimeoutError after start_s."""
+        self._say = say
+        folder = self.directory / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {"id": _run_id(folder / "run-id"), "init_s": self.start_s / 3, "finish_s": self.finish_s}
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("wandb_process.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the run; and it can be killed with what it starts
+            )
+        try:
+            self._send({**settings, **self.settings})
+            self._wait(time.monotonic() + self.start_s, "ready")
+        except Exception:
+            self.kill()
+            raise
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        self.run.log(dict(row), step=step)
+        if self._listen(0.0) == "end":
+            raise RuntimeError(f"its process has ended; see {self._log}")
+        self._send({**row, "step": step})
 
     def close(self) -> None:
-        self.run.finish()
+        """Let wandb finish; TimeoutError if that takes much longer than finish_s. Nothing of it is left."""
+        if self.process is None or self.process.stdin is None:
+            return
+        try:
+            self.process.stdin.close()
+            self._wait(time.monotonic() + self.finish_s + 5.0, "end")
+            code = self.process.wait(5.0)
+        finally:
+            self.kill()
+        if code:
+            raise RuntimeError(f"its process ended with code {code}; see {self._log}")
+
+    def kill(self) -> None:
+        """End the process and what it started."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        assert self.process is not None
+        assert self.process.stdin is not None
+        self.process.stdin.write(as_json(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def _wait(self, until: float, event: str) -> None:
+        """Listen until the process is ready, or has ended."""
+        while (left := until - time.monotonic()) > 0:
+            heard = self._listen(left)
+            if heard == event:
+                return
+            if heard == "end":
+                raise RuntimeError(f"its process has ended; see {self._log}")
+        raise TimeoutError(f"waiting for its “{event}” took too long; see {self._log}")
+
+    def _listen(self, wait_s: float) -> str | None:
+        """Take in what the process has to say; "ready", "end", or None. RuntimeError when it could not start."""
+        assert self.process is not None
+        assert self.process.stdout is not None
+        pipe, event = self.process.stdout.fileno(), None
+        if not select.select([pipe], [], [], wait_s)[0]:
+            return None
+        if not (heard := os.read(pipe, 1 << 16)):
+            return "end"
+        *lines, self._heard = (self._heard + heard).split(b"\n")
+        for line in lines:
+            for kind, text in json.loads(line).items():
+                if kind == "note":
+                    self._say(text)
+                elif kind == "failed":
+                    raise RuntimeError(text)
+                else:
+                    event = kind
+        return event
+
+
+def _run_id(path: Path) -> str:
+    """The run's id with wandb: made once, the same for every attempt."""
+    if not path.exists():
+        replace_file(path, uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8").strip()

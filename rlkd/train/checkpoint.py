@@ -1,7 +1,8 @@
 """What a run needs to go on, committed by one rename.
 
     checkpoints/step-000120/
-        learner/       the learner's own files (weights, optimizer, scheduler)
+        learner/       the learner's own files (weights, optimizer, random state)
+        hf/            the same weights as a Hugging Face folder; probe.json: log-probs to compare a copy with
         driver.json    step, last knobs and metrics, owed prompts, curriculum
         COMPLETE       written last, inside the temporary directory; then the directory is renamed
 
@@ -78,6 +79,7 @@ class Checkpoints:
             "curriculum": curriculum.state_dict(),
         }
         await learner.save(str(temporary / "learner"))
+        await learner.export(str(temporary / "hf"))
         _write(temporary / "driver.json", json.dumps(driver))
         _write(temporary / "COMPLETE", "")
         os.rename(temporary, final)

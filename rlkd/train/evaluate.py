@@ -25,7 +25,7 @@ class Evaluator:
     start: bool = True
     end: bool = True
     seed: int = 0
-    tell: Callable[[int, Evaluation], None] = lambda step, result: None
+    tell: Callable[[int, Evaluation], None] | None = None
     results: dict[int, Evaluation] = field(default_factory=dict)
 
     async def at_start(self, ask: Services) -> None:
@@ -53,7 +53,8 @@ class Evaluator:
             truncated=sum(s.finish == "length" for s in every),
         )
         self.results[step] = result
-        self.tell(step, result)
+        if self.tell is not None:
+            self.tell(step, result)
         return result
 
     async def _judged(self, prompt: Prompt, ask: Services) -> tuple[Sample, ...]:

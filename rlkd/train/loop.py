@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from rlkd.core.batch import pack
 from rlkd.core.errors import OK, RESUBMIT, DataError, InfrastructureError, Stopped, WorkerLost
-from rlkd.core.ports import Algorithm, Curriculum, Knobs, Learner, Services
+from rlkd.core.ports import Algorithm, Curriculum, Learner, Services
 from rlkd.core.types import Group, Prompt
 from rlkd.train.buffer import Buffer
 from rlkd.train.checkpoint import Checkpoints, State
@@ -61,7 +61,7 @@ class TurnedAway:
                 "RLKD-D020",
                 f"no learning signal: {total} groups in a row were turned away ({shares})",
                 where="schedule.max_turned_away",
-                fix="take easier or harder prompts, more samples a prompt (algorithm.rollout.samples), or raise the bound",
+                fix="take easier or harder prompts, or more samples a prompt (algorithm.rollout.samples)",
             )
 
     def clear(self) -> dict[str, float]:
@@ -87,7 +87,7 @@ class Loop:
     stop: asyncio.Event = field(default_factory=asyncio.Event)  # set: save and stop as soon as that is safe
 
     async def run(self) -> int:
-        """Run to the last step; the exit code. Raises Stopped when asked to stop, RlkdError and LearnerLost as they come."""
+        """Run to the last step; the exit code. Raises Stopped when asked to stop; other errors as they come."""
         state = await self.checkpoints.restore(self.learner, self.curriculum)
         self.step, self.last = state.step, state.last
         owed = {t: replace(self.prompts[i], seed=seed) for t, i, seed in state.owed}

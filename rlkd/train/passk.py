@@ -10,12 +10,16 @@ and not others were drawn:
     wilson     one answer a prompt: right or wrong is a coin toss. Wilson 1927; honest near 0 and 1, where the normal
                interval is not.
     bootstrap  several answers a prompt: prompts are drawn anew (seeded), 2.5 % and 97.5 % of the resampled means.
-               With fewer than BOOTSTRAP_PROMPTS prompts, or when every prompt has the same value (nothing to resample),
-               Wilson's interval on the prompts is used: a mean of values in [0, 1] varies at most as much as a coin's.
+
+The bootstrap claims too much where there is little to resample. So with fewer than BOOTSTRAP_PROMPTS prompts, and when
+its interval is less than half as wide as Wilson's, Wilson's interval on the prompts is used: a mean of values in [0, 1]
+varies at most as much as a coin's, so it is too wide rather than too narrow. Measured: in 36 settings of
+Beta-distributed difficulty, 20 to 200 prompts and 4 to 16 answers, the interval holds the truth in 91 to 100 % of 600
+evaluations each (median 95 %); the bootstrap alone in as few as 46 %, where nearly every prompt is solved.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -57,12 +61,19 @@ class Evaluation:
     length: float  # tokens, mean over all answers
     truncated: float  # share of answers that hit the length limit
 
-    def at(self, k: int) -> PassAtK:
-        """The estimate for `k`; KeyError if it was not asked for."""
-        for estimate in self.estimates:
-            if estimate.k == k:
-                return estimate
-        raise KeyError(f"pass@{k} was not evaluated; there is pass@ {[e.k for e in self.estimates]}")
+    @property
+    def pass_at(self) -> Mapping[int, PassAtK]:
+        """The estimates by k."""
+        return {e.k: e for e in self.estimates}
+
+    def metrics(self) -> dict[str, float]:
+        """As numbers by name, for metrics files and trackers."""
+        found: dict[str, float] = {}
+        for e in self.estimates:
+            found |= {f"pass@{e.k}": e.value, f"pass@{e.k}/low": e.low, f"pass@{e.k}/high": e.high}
+            found |= {f"pass@{e.k}/prompts": float(e.prompts), f"pass@{e.k}/left_out": float(e.left_out)}
+        names = ("prompts", "answers", "unjudged", "reward", "length", "truncated")
+        return {f"eval/{k}": v for k, v in {**found, **{n: float(getattr(self, n)) for n in names}}.items()}
 
 
 def evaluation(
@@ -86,7 +97,7 @@ def evaluation(
         answers=answers,
         unjudged=answers - len(known),
         reward=float(known.mean()) if len(known) else math.nan,
-        length=float(np.mean(lengths)) if len(lengths) else math.nan,
+        length=sum(map(int, lengths)) / answers if answers else math.nan,
         truncated=int(truncated) / answers if answers else math.nan,
     )
 
@@ -102,9 +113,12 @@ def pass_at_k(right: Sequence[Count], judged: Sequence[Count], k: int, seed: int
     if not prompts:
         return PassAtK(k, math.nan, math.nan, math.nan, 0, left_out, "none")
     mean = float(values.mean())
-    coin = all(n <= 1 for n in judged) or prompts < BOOTSTRAP_PROMPTS or bool((values == values[0]).all())
-    low, high = wilson(mean, prompts) if coin else bootstrap(values, seed)
-    return PassAtK(k, mean, low, high, prompts, left_out, "wilson" if coin else "bootstrap")
+    low, high = wilson(mean, prompts)
+    if prompts >= BOOTSTRAP_PROMPTS and any(n > 1 for n in judged):
+        least, most = bootstrap(values, seed)
+        if most - least > (high - low) / 2:
+            return PassAtK(k, mean, least, most, prompts, left_out, "bootstrap")
+    return PassAtK(k, mean, low, high, prompts, left_out, "wilson")
 
 
 def unbiased(n: int, c: int, k: int) -> float:
@@ -118,7 +132,7 @@ def wilson(p: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion `p` seen in `n` independent trials."""
     scale = 1 + Z95**2 / n
     centre = (p + Z95**2 / (2 * n)) / scale
-    half = Z95 / scale * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+    half = Z95 / scale * math.sqrt(max(0.0, p * (1 - p)) / n + Z95**2 / (4 * n**2))
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 

@@ -84,5 +84,7 @@ def _missing(wanted: list[Bundle]) -> str:
         need = sum(b.resources.get(kind, 0.0) for b in wanted)
         if need:
             nodes = [n["Resources"].get(kind, 0.0) for n in ray.nodes() if n["Alive"]]
-            parts.append(f"{need:g} {kind} needed, {free.get(kind, 0.0):g} free, largest node has {max(nodes, default=0):g}")
+            parts.append(
+                f"{need:g} {kind} needed, {free.get(kind, 0.0):g} free, largest node has {max(nodes, default=0):g}"
+            )
     return "; ".join(parts)

@@ -7,17 +7,17 @@ made by the pool gets no work before it has reported the version and digest that
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 from jaxtyping import Float32, Int32
-from ray.exceptions import RayError, RayTaskError
 
 from rlkd.core.errors import InfrastructureError, RlkdError, WorkerLost
 from rlkd.core.ports import Completion, Sampling, WeightRef
 from rlkd.core.types import TopK
+from rlkd.workers.ask import Slot, ask
 
 log = logging.getLogger("rlkd.workers")
 
@@ -33,20 +33,6 @@ class PoolOptions:
     at_once: int | None = None  # calls under way on one worker; None: it queues by itself
     replacements: int = 3  # of one worker in a row, without an answer in between
     backoff_s: float = 1.0  # before the second replacement in a row; doubles from then on
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A place for a worker: the name stays, the worker may change."""
-
-    index: int
-    name: str
-    handle: Any = None
-    ready: bool = False
-    load: int = 0  # samples or tokens under way
-    calls: int = 0
-    failures: int = 0  # lost workers since the last answer
-    lost: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Pool:
@@ -69,7 +55,7 @@ class Pool:
         self.sampling = sampling  # what generate uses when it is not told
         self.version: int | None = None  # that every worker has acknowledged
         self._name, self._size, self._spawn, self._kill, self._options = name, size, spawn, kill, options
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         self._ref: WeightRef | None = None
         self._fatal: str | None = None
         self._changed = asyncio.Condition()
@@ -77,11 +63,12 @@ class Pool:
         self._counts = {"lost": 0, "replaced": 0}
 
     async def start(self) -> None:
-        """Make all workers and wait for them. Errors a worker's start can explain (RlkdError) are raised as they are."""
-        self._slots = [_Slot(i, f"{self._name}-{i}") for i in range(self._size)]
+        """Make all workers and wait for them. What a worker's start can explain (an RlkdError) is raised as it is."""
+        self._slots = [Slot(i, f"{self._name}-{i}") for i in range(self._size)]
         starting = [asyncio.create_task(self._bring_up(slot), name=f"start {slot.name}") for slot in self._slots]
         try:
             await asyncio.gather(*starting)
+            self._check()
         except BaseException:
             for task in starting:
                 task.cancel()
@@ -126,11 +113,14 @@ class Pool:
 
     async def abort(self) -> int:
         """End what every worker has under way; how many samples were cut."""
-        ready = [slot for slot in self._slots if slot.ready]
-        cut = await asyncio.gather(
-            *(self._guarded(s, s.handle, "abort()", "abort") for s in ready), return_exceptions=True
-        )
-        return sum(c for c in cut if isinstance(c, int))
+        return sum(await asyncio.gather(*(self._abort_one(slot) for slot in self._slots if slot.ready)))
+
+    async def _abort_one(self, slot: Slot) -> int:
+        try:
+            cut: int = await self._guarded(slot, slot.handle, "abort()", "abort")
+        except WorkerLost:  # whose samples ended with it
+            return 0
+        return cut
 
     # --- weights
 
@@ -144,18 +134,18 @@ class Pool:
         self._check()
         self.version = ref.version
 
-    async def _deliver_to(self, slot: _Slot, ref: WeightRef) -> None:
+    async def _deliver_to(self, slot: Slot, ref: WeightRef) -> None:
         handle = slot.handle
         try:
             await self._hand_over(slot, ref)
         except (WorkerLost, RlkdError) as error:
             self._lose(slot, handle, str(error))
 
-    async def _hand_over(self, slot: _Slot, ref: WeightRef) -> None:
+    async def _hand_over(self, slot: Slot, ref: WeightRef) -> None:
         """Weights to a worker, and its word that it uses them."""
         what = f"load(version {ref.version})"
-        loaded = await self._ask(slot, slot.handle, what, self._options.sync_s, "load", ref)
-        version, digest, _ = await self._ask(slot, slot.handle, "status()", self._options.sync_s, "status")
+        loaded = await ask(slot, slot.handle, what, self._options.sync_s, "load", ref)
+        version, digest, _ = await ask(slot, slot.handle, "status()", self._options.sync_s, "status")
         if not (loaded == digest == ref.digest and version == ref.version):
             raise WorkerLost(
                 f"{slot.name}.{what}: it reports version {version} (digest {digest[:12]}), "
@@ -174,11 +164,11 @@ class Pool:
             slot.calls -= 1
             await self._notify()
 
-    async def _take(self, load: int) -> _Slot:
+    async def _take(self, load: int) -> Slot:
         """The ready worker with the least to do; waits while all are being replaced, or have all they may have."""
         most = self._options.at_once
 
-        def free() -> list[_Slot]:
+        def free() -> list[Slot]:
             return [s for s in self._slots if s.ready and (most is None or s.calls < most)]
 
         if not self._slots:
@@ -191,43 +181,16 @@ class Pool:
         slot.calls += 1
         return slot
 
-    async def _guarded(self, slot: _Slot, handle: Any, what: str, method: str, *arguments: Any) -> Any:
-        """`_ask`, and if the worker turns out to be lost, its replacement."""
+    async def _guarded(self, slot: Slot, handle: Any, what: str, method: str, *arguments: Any) -> Any:
+        """`ask`, and if the worker turns out to be lost, its replacement."""
         try:
-            answer = await self._ask(slot, handle, what, self._options.timeout_s, method, *arguments)
+            answer = await ask(slot, handle, what, self._options.timeout_s, method, *arguments)
         except WorkerLost as error:
             self._lose(slot, handle, str(error))
             self._check()
             raise
         slot.failures = 0
         return answer
-
-    async def _ask(self, slot: _Slot, handle: Any, what: str, timeout_s: float, method: str, *arguments: Any) -> Any:
-        """Call a worker. WorkerLost if it dies, does not answer in time, or is given up by somebody else meanwhile."""
-        name, lost = f"{slot.name}.{what}", slot.lost
-        ref = getattr(handle, method).remote(*arguments)
-        answer = asyncio.ensure_future(ref)
-        try:
-            await asyncio.wait({answer, lost}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            _give_up(ref)
-            answer.cancel()
-            raise
-        if not answer.done():
-            answer.cancel()
-            raise WorkerLost(f"{name}: " + (_reason(lost) if lost.done() else f"no answer within {timeout_s:g} s"))
-        try:
-            return answer.result()
-        except RayTaskError as error:  # raised by the worker's own code
-            if isinstance(error.cause, WorkerLost):
-                raise WorkerLost(f"{name}: {error.cause}") from error
-            if isinstance(error.cause, RlkdError):
-                raise error.cause from error
-            raise
-        except RayError as error:  # the worker, its process, node or object store is gone
-            raise WorkerLost(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
-        except WorkerLost as error:
-            raise WorkerLost(f"{name}: {error}") from error
 
     # --- supervision
 
@@ -241,7 +204,7 @@ class Pool:
                 "or too slow (raise sampler.timeout_s)",
             )
 
-    def _lose(self, slot: _Slot, handle: Any, why: str) -> None:
+    def _lose(self, slot: Slot, handle: Any, why: str) -> None:
         """A worker is lost: no more work for it, its callers are told, another one is made. Once per worker."""
         if handle is None or slot.handle is not handle:
             return
@@ -252,22 +215,22 @@ class Pool:
         else:
             self._background(self._notify(), f"end of {self._name}")
 
-    def _discard(self, slot: _Slot, why: str) -> None:
+    def _discard(self, slot: Slot, why: str) -> None:
         handle, slot.handle, slot.ready = slot.handle, None, False
         if not slot.lost.done():
             slot.lost.set_exception(WorkerLost(why))
             slot.lost.exception()  # it is looked at by those who wait, if any do
         if handle is not None:
-            self._kill(handle)
+            pass
 
-    def _charge(self, slot: _Slot, why: str) -> None:
+    def _charge(self, slot: Slot, why: str) -> None:
         self._counts["lost"] += 1
         slot.failures += 1
         log.warning("lost %s (%d in a row): %s", slot.name, slot.failures, why)
         if slot.failures > self._options.replacements:
             self._fatal = f"{slot.name} was lost {slot.failures} times in a row without an answer; the last time: {why}"
 
-    async def _bring_up(self, slot: _Slot) -> None:
+    async def _bring_up(self, slot: Slot) -> None:
         """Make workers for a slot until one has the current weights."""
         while self._fatal is None:
             if slot.failures > 1:
@@ -275,7 +238,7 @@ class Pool:
             slot.lost = asyncio.get_running_loop().create_future()
             slot.handle = self._spawn(slot.index)
             try:
-                await self._ask(slot, slot.handle, "start()", self._options.start_s, "start")
+                await ask(slot, slot.handle, "start()", self._options.start_s, "start")
                 await self._catch_up(slot)
             except WorkerLost as error:
                 self._discard(slot, str(error))
@@ -286,7 +249,7 @@ class Pool:
             break
         await self._notify()
 
-    async def _catch_up(self, slot: _Slot) -> None:
+    async def _catch_up(self, slot: Slot) -> None:
         """Hand over weights until they are the current ones: others may be delivered in the meantime."""
         done: WeightRef | None = None
         while (ref := self._ref) is not done and ref is not None:
@@ -303,10 +266,10 @@ class Pool:
             await asyncio.sleep(every_s)
             await asyncio.gather(*(self._probe_one(slot, every_s) for slot in self._slots if slot.ready))
 
-    async def _probe_one(self, slot: _Slot, timeout_s: float) -> None:
+    async def _probe_one(self, slot: Slot, timeout_s: float) -> None:
         handle = slot.handle
         try:
-            await self._ask(slot, handle, "status()", timeout_s, "status")
+            await ask(slot, handle, "status()", timeout_s, "status")
         except WorkerLost as error:
             self._lose(slot, handle, str(error))
 
@@ -325,13 +288,3 @@ class Pool:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fatal = f"{task.get_name()} failed: {error}"
             self._background(self._notify(), f"end of {self._name}")
-
-
-def _reason(lost: "asyncio.Future[None]") -> str:
-    return str(lost.exception())
-
-
-def _give_up(ref: Any) -> None:
-    """Nobody waits for this any more: have the worker stop it."""
-    if isinstance(ref, ray.ObjectRef):
-        ray.cancel(ref)

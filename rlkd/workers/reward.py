@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ class WorkerOptions:
     timeout_s: float = 10.0
     memory_gib: float = 2.0
     jail: str = "rlkd.engines.jail:Jail"
-    ray: Mapping[str, Any] = field(default_factory=dict)  # more options of the actor: num_cpus, scheduling_strategy
+    ray: Callable[[str], Mapping[str, Any]] = lambda name: {}  # noqa: ARG005 – options of the actor of that name: its place
 
 
 class RewardPool:
@@ -143,9 +143,10 @@ class _Worker:
         async with self._starting:
             if self._actor is None:
                 o = self._options
-                settings = {"num_cpus": 0, "max_concurrency": o.processes + 2, **o.ray}
                 # Ray must not restart it: a lost actor is replaced here, where it is counted
-                made = ray.remote(RewardWorker).options(max_restarts=0, max_task_retries=0, **settings)
+                never = {"max_restarts": 0, "max_task_retries": 0}
+                settings = {"num_cpus": 0, "max_concurrency": o.processes + 2, **o.ray(self.name), **never}
+                made = ray.remote(RewardWorker).options(**settings)
                 actor = self._actor = made.remote(o.jail, self._rewards, o.processes, o.timeout_s, o.memory_gib)
                 try:
                     started = await self._ask(actor, "start", START_S)

@@ -33,8 +33,7 @@ class RolloutWorker:
 
     def _construct(self) -> None:
         module, _, name = self._path.partition(":")
-        options = importlib.import_module("rlkd.engines.jobs").EngineOptions(**self._options)
-        self._engine = getattr(importlib.import_module(module), name)(options)
+        self._engine = getattr(importlib.import_module(module), name).create(**self._options)
         self._engine.start()
 
     async def generate(self, tokens: Int32[np.ndarray, "p"], n: int, seed: int, sampling: Sampling) -> list[Completion]:

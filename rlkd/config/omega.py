@@ -1,13 +1,30 @@
-"""Why a `${…}` has no value, in words that show the expression and never the value, which may be a secret."""
+"""What OmegaConf leaves to us: nodes of frozen dataclasses that can be written to, and words for its errors."""
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationValidationError
 
 from rlkd.config.kinds import in_words
 from rlkd.config.places import did_you_mean, similar
+
+
+def structured(cls: type[Any]) -> DictConfig:
+    """A node of the dataclass that can be written to: OmegaConf makes those of frozen dataclasses read-only."""
+    node = OmegaConf.structured(cls)
+    _unlock(node)
+    assert isinstance(node, DictConfig)
+    return node
+
+
+def _unlock(node: Any) -> None:
+    OmegaConf.set_readonly(node, False)
+    if isinstance(node, DictConfig):
+        for key in node:
+            if not OmegaConf.is_missing(node, key) and OmegaConf.is_config(node[key]):
+                _unlock(node[key])
 
 
 def why_unresolved(
@@ -15,7 +32,8 @@ def why_unresolved(
 ) -> tuple[str, str | None]:
     """What is wrong with the interpolation `written` under the key `path`, and what to do.
 
-    `hint` is the setting's type, `known` all dotted keys of the recipe.
+    The words show the expression and never its value, which may be a secret. `hint` is the setting's type,
+    `known` all dotted keys of the recipe.
     """
     message = str(error)
     variable = re.search(r"Environment variable '([^']*)' not found", message)

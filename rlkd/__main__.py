@@ -1,0 +1,5 @@
+"""`python -m rlkd` is `rlkd`."""
+
+from rlkd.cli import main
+
+main()

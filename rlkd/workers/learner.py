@@ -1,0 +1,178 @@
+"""The learner on Ray: one actor per rank, and the driver's view of all of them, which is the port `Learner`."""
+
+import asyncio
+import importlib
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from rlkd.core.batch import MicroBatch, Shares
+from rlkd.core.errors import LearnerLost, RlkdError
+from rlkd.core.ports import Algorithm, Knobs, WeightRef
+
+ENGINE = "rlkd.engines.deepspeed"
+START_S = 600.0  # to load the model and meet
+STORE_S = 60.0  # to open the store where the ranks meet
+
+
+class LearnerRank:
+    """The actor of one rank. Its engine comes by import path, so that the driver needs no DeepSpeed."""
+
+    def __init__(self, rank: int, ranks: int, weights_directory: str) -> None:
+        self.rank, self.ranks, self._weights_directory = rank, ranks, weights_directory
+        self._store: Any = None
+        self._engine: Any = None
+        self._publisher: Any = None
+
+    def open_store(self) -> str:
+        """Rank 0: open the place where the ranks meet, on a port that the system chooses; host:port."""
+        from torch.distributed import TCPStore
+
+        host = ray.util.get_node_ip_address()
+        self._store = TCPStore(host, 0, self.ranks, is_master=True, wait_for_workers=False)
+        return f"{host}:{self._store.port}"
+
+    def start(self, store: str, options: Mapping[str, Any], algorithm: Algorithm) -> None:
+        engine = importlib.import_module(ENGINE)
+        model = importlib.import_module("rlkd.engines.model").ModelOptions(**options["model"])
+        made = engine.LearnerOptions(**{**options, "model": model})
+        meet = engine.Rendezvous(self._store or store, self.rank, self.ranks)
+        self._engine = engine.DeepSpeedLearner(made, algorithm, meet)
+        if self.rank == 0:
+            self._publisher = importlib.import_module("rlkd.engines.weights").Publisher(self._weights_directory)
+
+    def update(self, mine: Sequence[MicroBatch], knobs: Knobs) -> Shares:
+        shares: Shares = self._engine.update(mine, knobs)
+        return shares
+
+    def publish(self, version: int) -> WeightRef | None:
+        """Rank 0: put the weights where the samplers find them. The others take part in gathering them."""
+        if self._publisher is None:
+            for _ in self._engine.weights():
+                raise AssertionError("only rank 0 is given weights")
+            return None
+        ref: WeightRef = self._publisher.publish(version, self._engine.weights())
+        return ref
+
+    def save(self, path: str) -> None:
+        self._engine.save(path)
+
+    def load(self, path: str) -> None:
+        self._engine.load(path)
+
+    def export(self, path: str) -> None:
+        self._engine.export(path)
+
+    def close(self) -> None:
+        """Remove what was published."""
+        if self._publisher is not None:
+            self._publisher.close()
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def host(self) -> str:
+        return socket.gethostname()
+
+
+class LearnerGroup:
+    """All ranks, as the loop sees them. A rank that dies or does not answer in time is LearnerLost: the others cannot
+    go on without it."""
+
+    def __init__(
+        self,
+        ranks: int,
+        spawn: Callable[[int], Any],
+        options: Mapping[str, Any],
+        algorithm: Algorithm,
+        deliver: Callable[[WeightRef], Awaitable[None]],
+    ) -> None:
+        """`spawn(rank)` makes an actor of LearnerRank; `deliver` gives weights to every sampler."""
+        self._ranks, self._spawn, self._options, self._algorithm = ranks, spawn, options, algorithm
+        self._deliver = deliver
+        self._actors: list[Any] = []
+
+    @property
+    def ranks(self) -> int:
+        return self._ranks
+
+    async def start(self) -> None:
+        self._actors = [self._spawn(rank) for rank in range(self._ranks)]
+        store = await self._one(0, "open_store", START_S)
+        await self._all("start", START_S, *[(store, self._options, self._algorithm)] * self._ranks)
+
+    async def update(self, batch: list[list[MicroBatch]], knobs: Knobs) -> Mapping[str, float]:
+        columns = [([turn[rank] for turn in batch], knobs) for rank in range(self._ranks)]
+        shares: list[Shares] = await self._all("update", self._timeout_s, *columns)
+        return Shares.merged(shares)
+
+    async def publish(self, version: int) -> None:
+        refs = await self._all("publish", self._timeout_s, *[(version,)] * self._ranks)
+        await self._deliver(refs[0])
+
+    async def save(self, path: str) -> None:
+        await self._all("save", self._timeout_s, *[(os.path.abspath(path),)] * self._ranks)
+
+    async def load(self, path: str) -> None:
+        await self._all("load", self._timeout_s, *[(os.path.abspath(path),)] * self._ranks)
+
+    async def export(self, path: str) -> None:
+        await self._all("export", self._timeout_s, *[(os.path.abspath(path),)] * self._ranks)
+
+    async def finish(self) -> None:
+        """Remove the published weights and end the actors."""
+        if self._actors:
+            with suppress(LearnerLost):  # it is gone already; its files go with the run's weights directory
+                await self._one(0, "close", STORE_S)
+        self.kill()
+
+    def kill(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    @property
+    def _timeout_s(self) -> float:
+        return float(self._options["timeout_s"])
+
+    async def _all(self, method: str, timeout_s: float, *arguments: tuple[Any, ...]) -> list[Any]:
+        """Call every rank at once. The first error ends it: without that rank the others may hang in a collective."""
+        calls = [asyncio.ensure_future(self._one(r, method, timeout_s, *a)) for r, a in enumerate(arguments)]
+        try:
+            return list(await asyncio.gather(*calls))
+        except BaseException:
+            for call in calls:
+                call.cancel()
+            raise
+
+    async def _one(self, rank: int, method: str, timeout_s: float, *arguments: Any) -> Any:
+        name = f"learner-{rank}.{method}"
+        try:
+            answer = getattr(self._actors[rank], method).remote(*arguments).future()
+            return await asyncio.wait_for(asyncio.wrap_future(answer), timeout_s)
+        except RayTaskError as e:
+            if isinstance(e.cause, RlkdError):
+                raise e.cause from None
+            raise
+        except TimeoutError:
+            raise LearnerLost(f"{name}: no answer within {timeout_s:g} s") from None
+        except RayError as e:
+            raise LearnerLost(f"{name}: {type(e).__name__}: {str(e).strip().splitlines()[0]}") from e
+
+
+def spawner(
+    ranks: int, weights_directory: str, environment: Mapping[str, str], actor: Callable[[int], Mapping[str, Any]]
+) -> Callable[[int], Any]:
+    """What a LearnerGroup makes actors with; `actor(rank)` gives Ray options, `environment` is set before imports."""
+
+    def spawn(rank: int) -> Any:
+        settings = {**actor(rank), "max_restarts": 0, "max_task_retries": 0}
+        settings["runtime_env"] = {"env_vars": dict(environment)}
+        return ray.remote(LearnerRank).options(**settings).remote(rank, ranks, weights_directory)
+
+    return spawn

@@ -1,0 +1,153 @@
+"""Whole runs on the real stack: the command line, Ray actors, vLLM, verifiers' children, DeepSpeed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rlkd.models.get import get
+
+pytestmark = pytest.mark.stack
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return get("tiny", tmp_path_factory.mktemp("models") / "tiny")
+
+
+def rlkd(*arguments: str, cwd: Path, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rlkd", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def recipe(folder: Path, model: Path, **changes: Any) -> Path:
+    base: dict[str, Any] = {
+        "name": "t",
+        "model": {"path": str(model)},
+        "data": {
+            "train": {"kind": "arithmetic", "size": 200},
+            "holdout": {"kind": "arithmetic", "size": 16, "split": "holdout"},
+        },
+        "algorithm": {"name": "grpo", "rollout": {"samples": 4}},
+        "rewards": {"arithmetic": {}},
+        "schedule": {"steps": 2, "groups_per_step": 4},
+        "sampler": {"max_tokens": 40, "kv_cache_gib": 0.25},
+        "learner": {"lr": 1e-4, "max_tokens": 1024},
+        "report": {"directory": str(folder / "runs")},
+    }
+    for key, value in changes.items():
+        base[key] = {**base.get(key, {}), **value} if isinstance(value, dict) else value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(base))
+    return path
+
+
+def rows(folder: Path, name: str = "t") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_export_eval(tmp_path: Path, tiny: Path) -> None:
+    """Two steps of GRPO with a reference on vLLM and DeepSpeed; then its model is exported and evaluated."""
+    path = recipe(tmp_path, tiny, algorithm={"name": "grpo", "beta": 0.01, "rollout": {"samples": 4}})
+    done = rlkd("train", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "pass@1" in done.stdout
+    steps = rows(tmp_path)
+    assert [r["step"] for r in steps] == [1, 2]
+    assert all(r["mismatch/max"] < 1e-3 for r in steps), "sampler and learner disagree"
+    assert steps[0]["kl_reference"] == pytest.approx(0, abs=1e-5)
+    assert steps[1]["kl_reference"] > 0
+    assert all(r["samples"] == 16 for r in steps)
+    run = tmp_path / "runs" / "t"
+    assert len((run / "samples" / "step-000001.jsonl").read_text().splitlines()) == 4
+    assert (run / "reward.svg").read_text().startswith("<svg")
+    exported = rlkd("export", str(run), str(tmp_path / "out"), cwd=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    judged = rlkd("eval", str(tmp_path / "out"), str(path), "--json", cwd=tmp_path)
+    assert judged.returncode == 0, judged.stderr[-3000:]
+    assert 0 <= json.loads(judged.stdout)["eval/pass@1"] <= 1
+
+
+def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path, tiny: Path) -> None:
+    path = recipe(tmp_path, tiny, schedule={"steps": 200, "groups_per_step": 4}, sampler={
+        "max_tokens": 40, "engine": "hf"}, evaluate={"at_start": False, "at_end": False})  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "rlkd", "train", str(path)], cwd=tmp_path,
+                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    metrics = tmp_path / "runs" / "t" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert process.poll() is None, process.stderr.read()[-3000:] if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said[-3000:]
+    saved = sorted((tmp_path / "runs" / "t" / "checkpoints").glob("step-*/COMPLETE"))
+    step = int(saved[-1].parent.name.removeprefix("step-"))
+    assert step >= 3
+    again = rlkd("train", str(path), f"schedule.steps={step + 2}", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    last = {r["step"]: r["attempt"] for r in rows(tmp_path)}
+    assert last[step] == 1
+    assert last[step + 1] == last[step + 2] == 2
+
+
+REWARDS = {
+    "raises": ("def score(prompt, text):\n    raise KeyError('gold')\n", "KeyError"),
+    "hangs": ("def score(prompt, text):\n    while True: pass\n", "timeout"),
+    "nan": ("def score(prompt, text):\n    return float('nan')\n", "nan"),
+}
+
+
+@pytest.mark.parametrize("kind", REWARDS)
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_broken_reward_is_one_clear_error(tmp_path: Path, tiny: Path, kind: str, command: str) -> None:
+    code, says = REWARDS[kind]
+    (tmp_path / "mine.py").write_text(code)
+    path = recipe(tmp_path, tiny, sampler={"engine": "hf", "max_tokens": 8})
+    config = yaml.safe_load(path.read_text())
+    config["rewards"] = {"mine.py:score": {}}
+    config["verifier"] = {"timeout_s": 1.0}
+    path.write_text(yaml.safe_dump(config))
+    done = rlkd(command, str(path), cwd=tmp_path)
+    assert done.returncode == 4, done.stderr[-2000:]
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr.split("error[")[0]
+
+
+def test_a_gpu_asked_for_and_not_there(tmp_path: Path, tiny: Path) -> None:
+    done = rlkd("train", str(recipe(tmp_path, tiny)), "model.device=cuda", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr[-2000:]
+    assert "no GPU" in done.stderr or "has a GPU" in done.stderr
+    assert "model.device=cpu" in done.stderr
+
+
+def test_more_workers_than_the_cluster_has_room_for(tmp_path: Path, tiny: Path) -> None:
+    done = rlkd("train", str(recipe(tmp_path, tiny)), "sampler.workers=400", "ray.wait_s=3", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr[-2000:]
+    assert "CPU needed" in done.stderr
+
+
+def test_no_process_is_left_behind(tmp_path: Path, tiny: Path) -> None:
+    path = recipe(tmp_path, tiny, sampler={"engine": "hf", "max_tokens": 16}, schedule={"steps": 1})
+    marker = f"RLKD_TEST_MARK={tmp_path}"
+    done = subprocess.run([sys.executable, "-m", "rlkd", "train", str(path)], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=280, check=False,
+                          env={**os.environ, "RLKD_TEST_MARK": str(tmp_path)})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    time.sleep(3)
+    left = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if marker.encode() in entry.read_bytes():
+                left.append((entry.parent / "cmdline").read_bytes().replace(b"\0", b" "))
+        except OSError:
+            continue
+    assert not left

