@@ -2,9 +2,9 @@
 
     python benchmarks/vs_trl.py --model models/smollm2 --trl-python .venv-trl/bin/python [--repeats 3]
 
-Both sides write exactly the same number of tokens (lengths are forced), at uniform lengths and with a long tail, and make
-the same number of optimizer steps; the first step of each run is a warm-up and not counted. Runs alternate, the ratio is
-taken pair by pair, and the median is what counts. TRL runs in an environment of its own:
+Both sides write exactly the same number of tokens (lengths are forced), at uniform lengths and with a long tail, and
+make the same number of optimizer steps; the first step of each run is a warm-up and not counted. Runs alternate, the
+ratio is taken pair by pair, and the median is what counts. TRL runs in an environment of its own:
 
     python3 -m venv .venv-trl && .venv-trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0
 """

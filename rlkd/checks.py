@@ -69,8 +69,8 @@ def _words(config: Config, read: Inputs) -> list[str]:
     lines = [
         f"model      {config.model.path}: {read.context:,} tokens of context, {read.tokenizer.vocabulary:,} token ids",
         f"algorithm  {config.algorithm.name}",
-        f"batch      {s.groups_per_step} prompts × {samples} samples = {s.groups_per_step * samples:,} sequences a step, "
-        f"at most {under_way} groups under way, at most {s.staleness} steps old",
+        f"batch      {s.groups_per_step} prompts × {samples} samples = {s.groups_per_step * samples:,} sequences a step, at "
+        f"most {under_way} groups under way, at most {s.staleness} steps old",
         f"           {steps}, {epochs:.2g} epochs; a sample has at most {longest:,} tokens, "
         f"a micro-batch {config.learner.max_tokens:,} (which changes no gradient)",
         f"workers    {config.sampler.workers} × {config.sampler.engine}, {config.learner.ranks} learner ranks, "

@@ -51,7 +51,7 @@ def export(run_directory: Path, step: int | None, directory: Path) -> float:
         if not worst <= bound:
             raise PreflightError(
                 "RLKD-E133",
-                f"the exported model computes other log-probs than the learner did: off by {worst:.3g}, bound {bound:g}",
+                f"the exported model's log-probs are off from the learner's by {worst:.3g}, bound {bound:g}",
                 where=str(source),
                 fix="export another step (--step), and report this with the checkpoint's probe.json",
             )

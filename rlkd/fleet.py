@@ -188,7 +188,7 @@ class _Builder:
         same = ("lr", "betas", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "zero_stage", "offload",
                 "timeout_s")  # fmt: skip
         options = {name: getattr(learner, name) for name in same}
-        options |= {"model": how, "steps": self.config.schedule.steps, "threads": threads, "seed": self.config.seed}
+        options |= {"model": how, "steps": self.config.schedule.steps, "threads": threads}
         options["debug_directory"] = str((self.directory / "debug").resolve())
         weights = _weights_directory(self.config, self.directory)
         self.stack.callback(shutil.rmtree, weights, ignore_errors=True)

@@ -76,14 +76,15 @@ def random_sample(prompt: np.ndarray, length: int, draw: np.random.Generator, mi
 
 
 def random_groups(
-    seed: int, groups: int = 2, samples: int = 3, prompt: int = 5, answer: int = 9, mixed: bool = False
-) -> list[Group]:
-    """Prompts of 0 … `prompt` tokens (a sample has at least two tokens), answers of 1 … `answer`."""
+    seed: int, groups: int = 2, samples: int = 3, prompt: int = 5, answer: int = 9, mixed: bool = False,
+    shortest: int = 1,
+) -> list[Group]:  # fmt: skip
+    """Prompts of `shortest` … `prompt` tokens, answers of 1 … `answer`; a sample has at least two tokens."""
     draw = np.random.default_rng(seed)
     found = []
     for g in range(groups):
-        tokens = draw.integers(3, VOCABULARY, int(draw.integers(0, prompt + 1))).astype(np.int32)
-        shortest = 2 if len(tokens) == 0 else 1
-        members = [random_sample(tokens, int(draw.integers(shortest, answer + 1)), draw, mixed) for _ in range(samples)]
+        tokens = draw.integers(3, VOCABULARY, int(draw.integers(shortest, prompt + 1))).astype(np.int32)
+        least = 2 if len(tokens) == 0 else 1
+        members = [random_sample(tokens, int(draw.integers(least, answer + 1)), draw, mixed) for _ in range(samples)]
         found.append(Group(Prompt(f"p{seed}-{g}", tokens, ""), tuple(members)))
     return found

@@ -55,11 +55,15 @@ class Terminal(io.StringIO):
         return True
 
 
-class Gone(io.StringIO):
-    """A terminal whose window was closed."""
+class Gone(Terminal):
+    """A terminal whose window is closed at some time."""
+
+    closed_window = True
 
     def write(self, text: str) -> int:
-        raise BrokenPipeError(32, "Broken pipe")
+        if self.closed_window:
+            raise BrokenPipeError(32, "Broken pipe")
+        return super().write(text)
 
 
 def plain_progress(steps: int = 20) -> tuple[Progress, io.StringIO]:

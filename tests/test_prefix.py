@@ -76,7 +76,7 @@ def test_packed_is_the_model_itself(
         kind, seed, share_prompt=share, temperature=temperature, head_rows=4, gradient_checkpointing=checkpointing
     )
     plain = tiny_model(kind, seed).eval()
-    x = batch(random_groups(seed, groups, samples, mixed=True))
+    x = batch(random_groups(seed, groups, samples, mixed=True, shortest=0))
     trained = x.mask(TRAINED) & (layout(x).source >= 0)
     weights = torch.randn(2, len(x.tokens), generator=torch.Generator().manual_seed(seed))
 
@@ -213,7 +213,7 @@ def test_both_forms_of_attention_agree(
     seed: int, groups: int, samples: int, window: int | None, softcap: float | None, longest_piece: int,
     free_padding: int,
 ) -> None:  # fmt: skip
-    spans = layout(batch(random_groups(seed, groups, samples, answer=14))).spans
+    spans = layout(batch(random_groups(seed, groups, samples, answer=14, shortest=0))).spans
     u = sum(s.length for s in spans)
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(u, h, 8, generator=g, requires_grad=True) for h in (4, 2, 2))

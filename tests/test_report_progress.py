@@ -110,7 +110,11 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(
 ) -> None:
     monkeypatch.setattr(os, "dup2", lambda *_: None)  # rich's end of the program would also close pytest's stdout
     out = sys.stdout
-    r = report(tmp_path, progress=Progress(20, Gone(), live=live))
+    terminal = Gone()
+    terminal.closed_window = False
+    r = report(tmp_path, progress=Progress(20, terminal, live=live))
+    assert (sys.stdout is not out) == live
+    terminal.closed_window = True
     feed(r, 1)
     r.event("warning", "nobody sees this")
     assert sys.stdout is out  # rich gave it back

@@ -3,7 +3,7 @@
 What was read in DeepSpeed 0.19.8 and is tested here. With gradient_accumulation_steps=1 `backward` divides by nothing,
 and `set_gradient_accumulation_boundary` says which micro-batch is the step's last, so their number may differ from step
 to step. Gradients are *averaged* over ranks while losses are shares of a sum: hence `* ranks`, once, in `_backward`.
-ZeRO 1–3 leave the weights alone when the gradient's norm is not finite; ZeRO-0 would step, so `GuardedAdamW` looks first.
+ZeRO 1–3 leave the weights alone if the gradient's norm is not finite; ZeRO-0 would step: `GuardedAdamW` looks first.
 """
 
 import logging
@@ -31,7 +31,7 @@ from rlkd.core.types import TRAINED, Origin
 from rlkd.engines.agreement import check_agreement, probe_batch
 from rlkd.engines.device import pick_device
 from rlkd.engines.model import ModelOptions, Policy
-from rlkd.engines.schedule import Shape, learning_rate
+from rlkd.engines.optimizer import GuardedAdamW, Shape, decayed, finite_norm, learning_rate
 
 TAG = "state"  # of the checkpoint inside the directory given to `save`
 BUCKET = 50_000_000  # gradient elements reduced at once
@@ -99,7 +99,7 @@ class Rank:
             self.stage = 1  # bfloat16 weights need a float32 copy to be stepped, and ZeRO-1 keeps it
         o = self.options
         self.optimizer = GuardedAdamW(
-            _decayed(self.policy, o.weight_decay), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True
+            decayed(self.policy, o.weight_decay), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True
         )
         engine, *_ = deepspeed.initialize(
             model=self.policy,
@@ -151,8 +151,8 @@ class Rank:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         self.engine.step()
-        norm = _number(self.engine.get_global_grad_norm())
-        if not 0 <= norm < math.inf:
+        norm = self.engine.get_global_grad_norm()
+        if not finite_norm(norm):
             where = [self._dump(f"gradient-{i}", x) for i, x in enumerate(mine)]
             raise DivergedError(
                 "RLKD-T141",
@@ -161,15 +161,16 @@ class Rank:
                 fix="the weights have not moved; look at the micro-batches written there, lower learner.lr",
             )
         self.step += 1
-        return rate, norm
+        return rate, float(norm)
 
     def _check_loss(self, loss: Loss, pi: PolicyOutput, x: MicroBatch) -> None:
-        if bool(loss.value.isfinite()):
+        value = float(loss.value.detach())
+        if math.isfinite(value):
             return
         where = self._dump("loss", x, logp=pi.logp.detach().cpu(), entropy=pi.entropy.detach().cpu())
         raise DivergedError(
             "RLKD-T140",
-            f"step {self.step + 1}: the loss is {float(loss.value)}",
+            f"step {self.step + 1}: the loss is {value}",
             where=where,
             fix="the weights have not moved; the micro-batch and its log-probs are written there",
         )
@@ -216,10 +217,8 @@ class Rank:
 
     def export(self, folder: str) -> None:
         """A Hugging Face folder: config, safetensors, and every other file of the start (tokenizer, chat template)."""
-        if self.stage == 3:
-            state = {name: w.cpu().clone() for name, w in self.weights()}
-        else:
-            state = dict(self.weights())
+        gathered = self.stage == 3  # and let go of again: what shall stay is copied
+        state = {name: w.cpu().clone() if gathered else w for name, w in self.weights()}
         if self.rank != 0:
             return
         self.policy.model.save_pretrained(folder, state_dict=state)
@@ -256,30 +255,6 @@ class Rank:
     def close(self) -> None:
         """Let go of the model. The process group stays: it is the process's."""
         self.engine.destroy()
-
-
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that does not step on a gradient that is not finite; under ZeRO-0 it clips, too."""
-
-    clip_to: float | None = None
-    norm_from: Any = None  # the ZeRO optimizer around this one, which has computed and clipped to the norm of all ranks
-    _global_grad_norm: Any = None  # where DeepSpeed's engine looks for it
-
-    def step(self, closure: Any = None) -> Any:
-        if self.norm_from is not None:
-            self._global_grad_norm = self.norm_from._global_grad_norm
-        elif self.clip_to is not None:
-            self._global_grad_norm = self._clip(self.clip_to)
-        if self._global_grad_norm is not None and not 0 <= _number(self._global_grad_norm) < math.inf:
-            return None
-        return super().step(closure)
-
-    def _clip(self, largest: float) -> Tensor:
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        if float(norm) > largest:  # otherwise the gradients need not be touched
-            torch.nn.utils.clip_grads_with_norm_(params, largest, norm)
-        return norm
 
 
 def _diagnosed(pi: PolicyOutput, x: MicroBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -335,15 +310,6 @@ def _config(stage: int, low: bool, max_grad_norm: float, offload: bool) -> dict[
     return config
 
 
-def _decayed(policy: Policy, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms do not."""
-    params = [p for p in policy.parameters() if p.requires_grad]
-    if not weight_decay:
-        return [{"params": params}]
-    groups = [[p for p in params if (p.dim() > 1) == matrix] for matrix in (True, False)]
-    return [{"params": g, "weight_decay": d} for g, d in zip(groups, (weight_decay, 0.0), strict=True) if g]
-
-
 def _layer(name: str) -> str:
     """`model.layers.3.mlp.up_proj.weight` → `model.layers.3`; a name without a number is a layer of its own."""
     parts = name.split(".")
@@ -357,14 +323,10 @@ def _made_by_save(name: str) -> bool:
     )
 
 
-def _number(value: Any) -> float:
-    return float(value) if value is not None else math.nan
-
-
 def _unreadable(directory: str, why: str) -> CheckpointError:
     return CheckpointError(
         "RLKD-K140",
         f"the learner's checkpoint cannot be loaded: {why}",
         where=directory,
-        fix="use it with the learner.ranks and learner.zero_stage it was saved with, or move it away to use the one before",
+        fix="use the learner.ranks and learner.zero_stage it was saved with, or move it away to use the one before",
     )

@@ -221,7 +221,7 @@ class Pool:
             slot.lost.set_exception(WorkerLost(why))
             slot.lost.exception()  # it is looked at by those who wait, if any do
         if handle is not None:
-            pass
+            self._kill(handle)
 
     def _charge(self, slot: Slot, why: str) -> None:
         self._counts["lost"] += 1
