@@ -28,6 +28,7 @@ from rlkd.workers.rollout import spawner
 from rlkd.workers.threads import Threads, environment, plan
 
 Tell = Callable[..., None]
+PROBE_S = 30.0  # a rollout worker that does not answer for this long is replaced
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -145,7 +146,7 @@ class _Builder:
             "threads": threads,
         }
         spawn = spawner(s.engine, options, environment(threads), lambda i: self.placement.options(f"rollout-{i}"))
-        limits = PoolOptions(timeout_s=s.timeout_s, sync_s=self.config.sync.timeout_s)
+        limits = PoolOptions(timeout_s=s.timeout_s, sync_s=self.config.sync.timeout_s, probe_s=PROBE_S)
         pool = Pool("rollout", spawn, s.workers, self.read.sampling(self.config), limits)
         self.stack.callback(pool.close)
         return pool

@@ -109,9 +109,10 @@ def test_unknown_and_infinite_are_null_and_infinite_is_told(tmp_path: Path) -> N
 
 def test_a_name_of_ours_is_not_overwritten(tmp_path: Path) -> None:
     r = report(tmp_path)
-    feed(r, 1, **{"length/mean": 99.0})
+    feed(r, 1, **{"length/mean": 99.0, "version": 5.0})
     (row,) = rows(tmp_path)
     assert (row["length/mean"], row["learner/length/mean"]) == (3.0, 99.0)
+    assert (row["version"], row["learner/version"]) == (0, 5.0)
 
 
 def test_every_step_starts_counting_anew(tmp_path: Path) -> None:

@@ -133,13 +133,15 @@ def test_telling_happens_in_the_callers_thread() -> None:
 def test_a_run_does_not_notice_a_broken_tracker(tmp_path: Path) -> None:
     r = report(tmp_path)
     tell = lambda text: r.event("tracker", text)  # noqa: E731
-    good, bad = Tracker(), Tracker(fail="open")
-    r.sinks = [Isolated("bad", bad, tell), Isolated("good", good, tell)]
+    good, bad, late = Tracker(), Tracker(fail="open"), Tracker(fail="close")
+    r.sinks = [Isolated("bad", bad, tell), Isolated("good", good, tell), Isolated("late", late, tell)]
     for step in (1, 2, 3):
         feed(r, step)
     r.close()
     assert good.rows == [1, 2, 3]
-    assert "bad is off for this run" in (tmp_path / "events.jsonl").read_text()
+    events = (tmp_path / "events.jsonl").read_text()
+    assert "bad is off for this run" in events
+    assert "late did not close" in events
 
 
 # ── TensorBoard ──────────────────────────────────────────────────────────────────────────────────────────────────────

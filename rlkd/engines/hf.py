@@ -163,7 +163,7 @@ class _Draft:
         for sample, token, value in zip(self.rows, tokens.tolist(), drawn, strict=True):
             self.tokens[sample].append(token)
             self.logp[sample].append(value)
-            self.versions[sample].append(self.version)
+            self.versions[sample].append(version)
         return tokens
 
     def _draw(self, logp: Float[Tensor, "r v"]) -> Int64[Tensor, "r"]:

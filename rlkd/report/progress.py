@@ -109,7 +109,7 @@ class Progress:
             self._gone = True
             if self._live is not None:
                 with suppress(OSError, ValueError):
-                    pass  # gives stdout and stderr back, even if it cannot draw any more
+                    self._live.stop()  # gives stdout and stderr back, even if it cannot draw any more
 
 
 def _capable(stream: Any) -> bool:

@@ -160,7 +160,6 @@ class Report:
         """Finish sinks and files. Takes as long as the slowest sink may (30 s). Can be called twice."""
         if self._closed:
             return
-        self._closed = True
         if self.progress is not None:
             self.progress.close()
         for sink in self.sinks:
@@ -168,6 +167,7 @@ class Report:
         self._picture()
         for kind, n in self._unshown.items():
             self.say(f"[{kind}] {n} more, see events.jsonl")
+        self._closed = True
         for lines in (self._metrics, self._events):
             lines.close()
             if lines.held or lines.lost:
@@ -177,17 +177,16 @@ class Report:
         self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], timings: Mapping[str, float]
     ) -> dict[str, Any]:
         now = time.monotonic()
-        row: dict[str, Any] = {**self._observed.row(), **of_batch(groups)}
-        row |= {f"learner/{name}" if name in row else name: value for name, value in metrics.items()}
+        row: dict[str, Any] = {"step": step, "version": newest_version(groups), **self._stamp()}
+        row |= {**self._observed.row(), **of_batch(groups)}
         row |= {f"seconds/{stage}": s for stage, s in timings.items()}
         outside = sum(timings.get(stage, 0.0) for stage in OUTSIDE)
         took = math.nan if self._step_began is None else max(0.0, now - self._step_began - outside)
         row["seconds/step"] = took
         row["samples_per_second"] = row["batch/samples"] / took if took > 0 else math.nan
         row["tokens_per_second"] = row["batch/tokens"] / took if took > 0 else math.nan
-        row |= {"step": step, "version": newest_version(groups), **self._stamp()}
         self._step_began, self._observed = now, Observed(self.success)
-        return row
+        return row | {f"learner/{name}" if name in row else name: value for name, value in metrics.items()}
 
     def _stamp(self) -> dict[str, Any]:
         """When: wall time for the record, seconds of this attempt for calculating, and which attempt."""

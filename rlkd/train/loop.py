@@ -185,7 +185,8 @@ class Loop:
                 self.last = {**self.knobs, **metrics, **self.turned_away.clear()}
                 with self.stages.stage("sync", f"version {self.step}"):
                     await self.learner.publish(self.step)
-            await self.evaluator.if_due(self.step, self.schedule.steps, self.services)
+            with self.stages.stage("evaluate", f"step {self.step}"):
+                await self.evaluator.if_due(self.step, self.schedule.steps, self.services)
             await self.buffer.release(len(taken))
             self.report.step(self.step, groups, {**self.last, **self._staleness(groups)}, self.stages.taken())
             if self.checkpoints.due(self.step, self.schedule.steps):

@@ -31,9 +31,9 @@ def bundles(
     def device(gpus: float, share: float) -> dict[str, float]:
         return {"CPU": 1.0, "GPU": share if share_gpus else gpus} if gpu else {"CPU": CPU_SHARE}
 
-    counts = [(f"learner-{i}", device(1, 0.5)) for i in range(learner_ranks)]
-    counts += [(f"rollout-{i}", device(tensor_parallel, 0.4)) for i in range(rollout_workers)]
-    counts += [(f"{name}-{i}", device(1, 0.1)) for name, n in scorers.items() for i in range(n)]
+    counts = [(f"learner-{i}", device(1.0, 0.5)) for i in range(learner_ranks)]
+    counts += [(f"rollout-{i}", device(float(tensor_parallel), 0.4)) for i in range(rollout_workers)]
+    counts += [(f"{name}-{i}", device(1.0, 0.1)) for name, n in scorers.items() for i in range(n)]
     counts += [(f"reward-{i}", {"CPU": 1.0 if gpu else CPU_SHARE}) for i in range(reward_workers)]
     return [Bundle(role, resources) for role, resources in counts]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from rlkd.models.get import get
 
 pytestmark = pytest.mark.stack
@@ -64,7 +65,7 @@ def test_train_export_eval(tmp_path: Path, tiny: Path) -> None:
     assert all(r["mismatch/max"] < 1e-3 for r in steps), "sampler and learner disagree"
     assert steps[0]["kl_reference"] == pytest.approx(0, abs=1e-5)
     assert steps[1]["kl_reference"] > 0
-    assert all(r["samples"] == 16 for r in steps)
+    assert all(r["batch/samples"] == 16 for r in steps)
     run = tmp_path / "runs" / "t"
     assert len((run / "samples" / "step-000001.jsonl").read_text().splitlines()) == 4
     assert (run / "reward.svg").read_text().startswith("<svg")
