@@ -62,6 +62,7 @@ def _answers(prompt: Prompt) -> tuple[Answer, ...]:
 
 def _words(config: Config, read: Inputs) -> list[str]:
     s, samples = config.schedule, config.algorithm.rollout.samples
+    sequences = s.groups_per_step * samples
     under_way = (s.staleness + 1) * s.groups_per_step
     steps = f"{s.steps:,} steps × {s.groups_per_step} prompts = {s.steps * s.groups_per_step:,} prompts"
     epochs = s.steps * s.groups_per_step / len(read.data.train.prompts)
@@ -69,8 +70,8 @@ def _words(config: Config, read: Inputs) -> list[str]:
     lines = [
         f"model      {config.model.path}: {read.context:,} tokens of context, {read.tokenizer.vocabulary:,} token ids",
         f"algorithm  {config.algorithm.name}",
-        f"batch      {s.groups_per_step} prompts × {samples} samples = {s.groups_per_step * samples:,} sequences a step, at "
-        f"most {under_way} groups under way, at most {s.staleness} steps old",
+        f"batch      {s.groups_per_step} prompts × {samples} samples = {sequences:,} sequences a step, "
+        f"at most {under_way} groups under way, at most {s.staleness} steps old",
         f"           {steps}, {epochs:.2g} epochs; a sample has at most {longest:,} tokens, "
         f"a micro-batch {config.learner.max_tokens:,} (which changes no gradient)",
         f"workers    {config.sampler.workers} × {config.sampler.engine}, {config.learner.ranks} learner ranks, "

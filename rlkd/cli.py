@@ -91,7 +91,7 @@ def train(
 ) -> int:
     """Train, or go on with an interrupted run."""
     config = _load(recipe, [*(overrides or ()), *([] if name is None else [f"name={name}"])])
-    from rlkd import run
+    import rlkd.run as run
 
     return run.train(config, Path(recipe))
 
@@ -104,7 +104,7 @@ def check(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) ->
     Says in words what would run, and scores a few real samples.
     """
     config = _load(recipe, overrides or ())
-    from rlkd import run
+    import rlkd.run as run
 
     return _print(run.check(config), as_json)
 
@@ -131,7 +131,7 @@ def model_get(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, for model.path.")],
 ) -> int:
     """Put a model's folder into DIR."""
-    from rlkd.models import get
+    import rlkd.models.get as get
 
     get.get(name, directory)
     return OK
@@ -150,7 +150,7 @@ def evaluate(
     Greedy or pass@k (`evaluate.*` of the recipe), with confidence intervals.
     """
     config = _load(recipe, overrides or ())
-    from rlkd import run
+    import rlkd.run as run
 
     return _print(run.evaluate(config, Path(what)), as_json)
 
@@ -168,7 +168,7 @@ def export(
 
     The folder is loaded again and compared with the checkpoint.
     """
-    from rlkd import run
+    import rlkd.run as run
 
     run.export(run_directory, step, directory)
     return OK

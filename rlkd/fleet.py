@@ -60,6 +60,7 @@ def connect(config: Config) -> None:
         "include_dashboard": False,
     }  # fmt: skip
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after ray.shutdown must fail, not start another cluster
     ray.init(address=address, namespace=f"rlkd-{config.name}", log_to_driver=False, **own)
 
 

@@ -2,14 +2,17 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rlkd.core.ports import Sampling, Services, as_sample
 from rlkd.core.types import Prompt, Sample
 from rlkd.train.passk import Evaluation, evaluation
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Evaluator:
         """Evaluate now; None without held-out prompts. The same seeds every time, so differences are the policy's."""
         if not self.prompts:
             return None
-        groups = await asyncio.gather(*(self._judged(prompt, ask) for prompt in self.prompts))
+        groups = await together([self._judged(prompt, ask) for prompt in self.prompts])
         right = [sum(s.reward > self.success for s in group) for group in groups]
         judged = [sum(not np.isnan(s.reward) for s in group) for group in groups]
         every = [s for group in groups for s in group]
@@ -62,3 +65,15 @@ class Evaluator:
         seed = int.from_bytes(digest) >> 1
         completions = await ask.policy.generate(prompt.tokens, self.samples, seed, self.sampling)
         return await ask.verify(prompt, [as_sample(prompt, c) for c in completions])
+
+
+async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; after the first error none of the others is left running."""
+    tasks = [asyncio.create_task(w) for w in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
