@@ -187,4 +187,5 @@ def test_contradictions_are_named() -> None:
     assert "samples=1" in GRPO(rollout=Sampled(samples=1)).problems()[0]
     assert ReinforcePP(baseline=False, rollout=Sampled(samples=1)).problems() == []
     assert "dual_clip" in GRPO(dual_clip=0.5).problems()[0]
+    assert GRPO(beta=-0.1).problems() == ["beta=-0.1 must not be negative"]
     assert "overlong_buffer" in DAPO(overlong_max=8).problems()[0]

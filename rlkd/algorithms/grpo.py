@@ -65,6 +65,9 @@ class GRPO:
             found.append("norm=constant needs norm_length, e.g. sampler.max_tokens")
         if self.dual_clip is not None and self.dual_clip <= 1:
             found.append(f"dual_clip={self.dual_clip} must be > 1")
+        for field_name in ("beta", "clip_low", "clip_high", "correction_low", "correction_cap"):
+            if getattr(self, field_name) < 0:
+                found.append(f"{field_name}={getattr(self, field_name)} must not be negative")
         if self.rollout.samples < 2:
             found.append(f"rollout.samples={self.rollout.samples}: an advantage against the group needs at least 2")
         return found
