@@ -1,1 +1,1 @@
-"""rlkd: reinforcement learning with verifiable rewards, and distillation, for language models, on Ray. See README.md."""
+"""rlkd: reinforcement learning with verifiable rewards, and distillation, for language models. See README.md."""

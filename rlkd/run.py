@@ -16,7 +16,15 @@ from rlkd import export as exported
 from rlkd import inputs
 from rlkd.config.load import resolved
 from rlkd.config.schema import Config
-from rlkd.core.errors import INTERRUPTED, PreflightError, Stopped
+from rlkd.core.errors import (
+    INTERRUPTED,
+    InfrastructureError,
+    LearnerLost,
+    PreflightError,
+    RlkdError,
+    Stopped,
+    WorkerLost,
+)
 from rlkd.core.ports import Sampling
 from rlkd.curriculum import Uniform
 from rlkd.fleet import Fleet
@@ -56,6 +64,17 @@ def train(config: Config, recipe: Path) -> int:
         return code
     except Stopped as stopped:
         code = stopped.exit_code
+        raise
+    except (LearnerLost, WorkerLost) as lost:
+        code = InfrastructureError.exit_code
+        raise InfrastructureError(
+            "RLKD-I003",
+            f"the run lost {lost}",
+            where=str(directory),
+            fix="the same command continues from the last checkpoint; Ray's logs say why the process ended",
+        ) from lost
+    except RlkdError as error:
+        code = error.exit_code
         raise
     finally:
         report.close()

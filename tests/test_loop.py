@@ -196,3 +196,27 @@ def test_a_long_wait_is_told(tmp_path: Path) -> None:
     waits = [text for kind, text in loop.report.events if kind == "waiting"]  # type: ignore[attr-defined]
     assert waits
     assert "rollout p0" in waits[0]
+
+
+def test_an_evaluation_survives_a_lost_worker(tmp_path: Path) -> None:
+    evaluator = Evaluator([numbered(i) for i in range(6)], Sampling(8))
+    asyncio.run(loop_of(tmp_path, evaluator=evaluator, policy=FakePolicy(lose_every=4)).run())
+    assert evaluator.results[0].prompts == 6
+
+
+def test_an_error_in_one_evaluation_leaves_none_of_the_others_running(tmp_path: Path) -> None:
+    """Left-over coroutines would go on using Ray after it was shut down."""
+
+    def broken(_: Any) -> float:
+        raise ZeroDivisionError("bug in a verifier")
+
+    async def run() -> int:
+        evaluator = Evaluator([numbered(i) for i in range(6)], Sampling(8))
+        loop = loop_of(
+            tmp_path, evaluator=evaluator, policy=FakePolicy(long_tailed(0, 0.05)), verify=FakeVerify(broken)
+        )
+        with pytest.raises(ZeroDivisionError):
+            await loop.run()
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(run()) == 1

@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rlkd.core.errors import WorkerLost
 from rlkd.core.ports import Sampling, Services, as_sample
 from rlkd.core.types import Prompt, Sample
 from rlkd.train.passk import Evaluation, evaluation
 
 T = TypeVar("T")
+ATTEMPTS = 3  # of one prompt, when its worker is lost
 
 
 @dataclass
@@ -63,8 +65,14 @@ class Evaluator:
     async def _judged(self, prompt: Prompt, ask: Services) -> tuple[Sample, ...]:
         digest = hashlib.blake2b(f"{self.seed}:{prompt.id}".encode(), digest_size=8).digest()
         seed = int.from_bytes(digest) >> 1
-        completions = await ask.policy.generate(prompt.tokens, self.samples, seed, self.sampling)
-        return await ask.verify(prompt, [as_sample(prompt, c) for c in completions])
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                completions = await ask.policy.generate(prompt.tokens, self.samples, seed, self.sampling)
+                return await ask.verify(prompt, [as_sample(prompt, c) for c in completions])
+            except WorkerLost:
+                if not left:
+                    raise
+        raise AssertionError("not reached")
 
 
 async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
