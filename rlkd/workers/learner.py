@@ -103,10 +103,11 @@ class LearnerGroup:
         options: Mapping[str, Any],
         algorithm: Algorithm,
         deliver: Callable[[WeightRef], Awaitable[None]],
+        end: Callable[[Any], None] = ray.kill,
     ) -> None:
-        """`spawn(rank)` makes an actor of LearnerRank; `deliver` gives weights to every sampler."""
+        """`spawn(rank)` makes an actor of LearnerRank; `deliver` gives weights to every sampler; `end` kills an actor."""
         self._ranks, self._spawn, self._options, self._algorithm = ranks, spawn, options, algorithm
-        self._deliver = deliver
+        self._deliver, self._end = deliver, end
         self._actors: list[Any] = []
 
     @property
@@ -145,7 +146,7 @@ class LearnerGroup:
 
     def kill(self) -> None:
         for actor in self._actors:
-            ray.kill(actor)
+            self._end(actor)
         self._actors = []
 
     @property
