@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PROMPTS, SAMPLES, STEPS, MAX_TOKENS = 4, 8, 3, 128  # prompts a step, answers a prompt, steps that count
+PROMPTS, SAMPLES, STEPS, MAX_TOKENS = 4, 8, 2, 128  # prompts a step, answers a prompt, steps that count
 
 
 def spec(kind: str, model: str, threads: int, seed: int) -> dict[str, Any]:

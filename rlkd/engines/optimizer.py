@@ -15,7 +15,7 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int, shape: Shape)
     A function of the step's number alone, so nothing of it has to be saved.
     """
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * ((step + 1) / warmup)
     if shape == "constant":
         return peak
     done = min((step - warmup) / max(steps - warmup, 1), 1.0)

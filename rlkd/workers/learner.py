@@ -21,6 +21,7 @@ from rlkd.core.ports import Algorithm, Knobs, WeightRef
 ENGINE = "rlkd.engines.deepspeed"
 START_S = 600.0  # to load the model and meet
 STORE_S = 60.0  # to open the store where the ranks meet
+CAUSE_S = 10.0  # between a broken connection and Ray's word that its other end died
 
 
 class LearnerRank:
@@ -105,7 +106,7 @@ class LearnerGroup:
         deliver: Callable[[WeightRef], Awaitable[None]],
         end: Callable[[Any], None] = ray.kill,
     ) -> None:
-        """`spawn(rank)` makes an actor of LearnerRank; `deliver` gives weights to every sampler; `end` kills an actor."""
+        """`spawn(rank)` makes an actor of LearnerRank, `end` kills one; `deliver` gives weights to every sampler."""
         self._ranks, self._spawn, self._options, self._algorithm = ranks, spawn, options, algorithm
         self._deliver, self._end = deliver, end
         self._actors: list[Any] = []
@@ -154,17 +155,24 @@ class LearnerGroup:
         return float(self._options["timeout_s"])
 
     async def _all(self, method: str, timeout_s: float, *arguments: tuple[Any, ...]) -> list[Any]:
-        """Call every rank at once. The first error ends it: without that rank the others may hang in a collective."""
+        """Call every rank at once. The first error ends all ranks: without one the others hang in a collective."""
         calls = [asyncio.ensure_future(self._one(r, method, timeout_s, *a)) for r, a in enumerate(arguments)]
         try:
             return list(await asyncio.gather(*calls))
-        except BaseException:
+        except Exception as error:
+            cause = await _cause(error, calls)
+            self.kill()
+            if cause is error:
+                raise
+            raise cause from error
+        finally:
             for call in calls:
                 call.cancel()
-            raise
 
     async def _one(self, rank: int, method: str, timeout_s: float, *arguments: Any) -> Any:
         name = f"learner-{rank}.{method}"
+        if not self._actors:
+            raise LearnerLost(f"{name}: the learner was stopped")
         try:
             answer = getattr(self._actors[rank], method).remote(*arguments).future()
             return await asyncio.wait_for(asyncio.wrap_future(answer), timeout_s)
@@ -176,6 +184,16 @@ class LearnerGroup:
             raise LearnerLost(f"{name}: no answer within {timeout_s:g} s") from None
         except RayError as e:
             raise LearnerLost(f"{name}: {type(e).__name__}: {str(e).strip().splitlines()[0]}") from e
+
+
+async def _cause(first: Exception, calls: Sequence["asyncio.Future[Any]"]) -> Exception:
+    """A rank that dies shows at the others first, as a broken connection: wait a little for the error behind it."""
+    if isinstance(first, RlkdError | LearnerLost):
+        return first
+    done, _ = await asyncio.wait(calls, timeout=CAUSE_S)
+    errors = [e for call in done if not call.cancelled() and (e := call.exception()) is not None]
+    known = [e for e in errors if isinstance(e, RlkdError | LearnerLost)]
+    return known[0] if known else first
 
 
 def spawner(
