@@ -17,7 +17,7 @@ TABLE: Mapping[str, str] = {
     "cispo": "rlkd.algorithms.cispo:CISPO",
 }
 
-_MEMBERS = ("rollout", "guidance", "needs", "whole_groups", "knobs", "credit", "credit_step", "loss")
+_MEMBERS = ("rollout", "guidance", "needs", "whole_groups", "top_k", "knobs", "wants", "credit", "credit_step", "loss")
 
 
 def algorithm(name: str) -> type[Any]:

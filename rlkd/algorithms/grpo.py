@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from rlkd.core import advantage, kl, surrogate
@@ -52,6 +52,7 @@ class GRPO:
     rollout: Sampled = field(default_factory=Sampled)
     guidance: NoGuidance = field(default_factory=NoGuidance)
     whole_groups: ClassVar[bool] = False
+    top_k: ClassVar[int] = 0
     kl_in_reward: ClassVar[bool] = False  # whether `credit` charges β·KL (RLOO, REINFORCE++) instead of the loss
 
     @property
@@ -74,6 +75,9 @@ class GRPO:
 
     def knobs(self, step: int, last: Knobs) -> Knobs:
         return {}
+
+    def wants(self, group: Group, model: str) -> Bool[np.ndarray, "g"]:
+        return np.ones(len(group.samples), bool)
 
     def credit(self, group: Group) -> Group:
         """Â: the group's rewards against their mean, the same at every token of a sample."""

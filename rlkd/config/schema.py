@@ -39,6 +39,8 @@ class Source:
     prompt: str = "prompt"  # column: a string, or a list of chat messages
     answer: str = "answer"  # column: what the verifier checks against
     id: str = "id"  # column; rows without one are numbered
+    demonstrations: str | None = None  # column: worked answers, texts or {teacher, text, quality}; None: rows have none
+    traces: str | None = None  # jsonl of worked answers by prompt: {id, teacher, text, quality}; the format rlkd writes
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,46 @@ class ScorerConfig:
     max_tokens: int = 16384  # of one forward pass
     timeout_s: float = 600.0
     threads: int | None = None
+
+
+@dataclass(frozen=True)
+class WriterConfig:
+    """How a teacher writes, where an algorithm asks teachers for text."""
+
+    engine: Literal["vllm", "hf"] = "vllm"  # of a local teacher
+    max_tokens: int = 1024  # of one text
+    temperature: float = 0.0
+    top_p: float = 1.0
+    chat: bool = True  # put messages through the teacher's own chat template; else their contents follow one another
+    system: str | None = None  # a system message, where a call brings none
+    max_num_seqs: int = 64
+    kv_cache_gib: float = 1.0
+    gpu_memory_utilization: float = 0.5
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """A teacher behind an OpenAI-compatible API: it writes text, and cannot score."""
+
+    url: str = "???"  # up to and with /v1
+    model: str = "???"
+    key_env: str | None = None  # the environment variable that holds the API key; the key itself is in no file
+    requests_per_minute: float | None = None
+    at_once: int = 16  # requests under way
+    retries: int = 5  # of one request, after 429, 5xx, a dropped connection or a timeout
+    timeout_s: float = 120.0  # of one request
+    max_total_tokens: int | None = None  # budget of the whole run: prompts and texts, resumed runs included
+    max_cost: float | None = None  # budget of the whole run, in the currency of the prices
+    price_in: float | None = None  # per million tokens
+    price_out: float | None = None
+
+
+@dataclass(frozen=True)
+class TeacherConfig(ScorerConfig):
+    """A frozen local model that scores or writes, whichever the algorithm asks for; or an endpoint that writes."""
+
+    writer: WriterConfig = field(default_factory=WriterConfig)
+    endpoint: EndpointConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +216,7 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     reference: ScorerConfig = field(default_factory=ScorerConfig)
-    teachers: dict[str, ScorerConfig] = field(default_factory=dict)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Bool, Float, Float32, Int, Int32
 from torch import Tensor
 
 from rlkd.core.batch import MicroBatch
-from rlkd.core.types import Answer, Finish, Group, Origin, Prompt, Sample, Signal, TopK
+from rlkd.core.types import Answer, Demonstration, Finish, Group, Origin, Prompt, Sample, Signal, TopK
 
 Knobs = Mapping[str, float]  # what changes from step to step: coefficients, fractions, temperatures
 
@@ -40,6 +40,17 @@ class Completion:
     logp: Float32[np.ndarray, "c"]  # of the distribution it was sampled from (after temperature)
     finish: Finish
     versions: tuple[int, int]
+
+
+def as_demonstration(prompt: Prompt, demonstration: Demonstration, versions: tuple[int, int]) -> Sample:
+    """Prompt and a whole worked answer of a teacher; `versions` are those of the group it joins."""
+    p, d = len(prompt.tokens), len(demonstration.tokens)
+    return Sample(
+        tokens=np.concatenate([prompt.tokens, demonstration.tokens]).astype(np.int32),
+        origin=np.repeat(np.array([Origin.PROMPT, Origin.TEACHER], np.uint8), [p, d]),
+        behavior_logp=np.full(p + d, np.nan, np.float32),
+        versions=versions,
+    )
 
 
 def as_sample(prompt: Prompt, completion: Completion) -> Sample:
@@ -85,6 +96,22 @@ class Model(Protocol):
     async def topk(self, sequences: Sequence[Int32[np.ndarray, "_"]], k: int) -> list[TopK]: ...
 
 
+@dataclass(frozen=True)
+class Written:
+    """A text somebody wrote, and whether it came to its end."""
+
+    text: str
+    finish: Finish
+    tokens: int  # in the writer's own vocabulary
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A teacher that writes text: a local model with its own chat template, or an endpoint. Any vocabulary."""
+
+    async def write(self, messages: Sequence[Mapping[str, str]], seed: int = 0) -> Written: ...
+
+
 @runtime_checkable
 class Verify(Protocol):
     """Scores a group's samples: fills `scores` and `reward`; a sample that could not be judged keeps reward NaN."""
@@ -99,6 +126,14 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> Int32[np.ndarray, "_"]: ...
     def decode(self, tokens: Int32[np.ndarray, "_"]) -> str: ...
     def chat(self, messages: Sequence[Mapping[str, str]]) -> Int32[np.ndarray, "_"]: ...  # ends where the answer begins
+    def spans(self, text: str) -> tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n 2"]]: ...  # ids; characters of each
+
+
+@runtime_checkable
+class Traces(Protocol):
+    """Worked answers to a prompt: those stored with it, and those that live teachers write. Without teachers, stored."""
+
+    async def __call__(self, prompt: Prompt) -> tuple[Demonstration, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -107,9 +142,14 @@ class Services:
 
     policy: Model
     verify: Verify
-    teachers: Mapping[str, Model] = field(default_factory=dict)
+    teachers: Mapping[str, Model] = field(default_factory=dict)  # that score, by name
     reference: Model | None = None
     tokenizer: Tokenizer | None = None
+    writers: Mapping[str, Writer] = field(default_factory=dict)  # teachers that write, by name
+    traces: Traces | None = None
+    report: Callable[[str, str], None] = lambda kind, text: None  # what guidance met, counted by kind and shown
+
+
 
 
 @runtime_checkable
@@ -128,7 +168,11 @@ class Guidance(Protocol):
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """Pure functions, two ways to ask the world, and what it needs. The instance is its configuration."""
+    """Pure functions, two ways to ask the world, and what it needs. The instance is its configuration.
+
+    `wants`: which samples of a group, whose rewards are known, the model of that name ("reference", or a teacher's) must
+    score. The others keep NaN log-probs and nobody pays for them: a loss that gives a sample no weight says so there.
+    """
 
     @property
     def rollout(self) -> Rollout: ...
@@ -139,7 +183,11 @@ class Algorithm(Protocol):
     @property
     def whole_groups(self) -> bool: ...  # the loss compares samples of a group: keep them in one micro-batch
 
+    @property
+    def top_k(self) -> int: ...  # of Signal.TEACHER_TOPK
+
     def knobs(self, step: int, last: Knobs) -> Knobs: ...  # last: the step before's knobs and metrics
+    def wants(self, group: Group, model: str) -> Bool[np.ndarray, "g"]: ...  # on the driver, before credit
     def credit(self, group: Group) -> Group: ...  # on the driver; a group left without samples is turned away
     def credit_step(self, groups: Sequence[Group]) -> Sequence[Group]: ...  # what needs all groups of a step at once
     def loss(self, pi: PolicyOutput, x: MicroBatch, knobs: Knobs) -> Loss: ...  # in the learner

@@ -34,19 +34,21 @@ class Finish(StrEnum):
 
 
 class Signal(StrEnum):
-    """A log-probability an algorithm needs beside the policy's own."""
+    """What an algorithm needs of other models."""
 
-    REFERENCE = "reference"
-    TEACHER = "teacher"
-    TEACHER_TOPK = "teacher_topk"
+    REFERENCE = "reference"  # the reference's log-prob of each token
+    TEACHER = "teacher"  # every teacher's log-prob of each token
+    TEACHER_TOPK = "teacher_topk"  # a teacher's k likeliest tokens at each place
+    TEACHER_TEXT = "teacher_text"  # teachers that write: any vocabulary, local or behind an endpoint
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A worked answer by somebody else, kept with the prompt."""
+    """A worked answer by somebody else, kept with the prompt: in the policy's own tokens, its end token last."""
 
     teacher: str
     tokens: Int32[np.ndarray, "d"]
+    quality: float = float("nan")  # what its source says of it; larger is better
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Prompt:
     tokens: Int32[np.ndarray, "p"]
     answer: str
     text: str = ""  # the question as the user wrote it, before the chat template; for people and verifiers
+    messages: tuple[Mapping[str, str], ...] = ()  # the conversation, for teachers with a template of their own
     demonstrations: tuple[Demonstration, ...] = ()
     metadata: Mapping[str, object] = field(default_factory=dict)
     source: str = ""  # which dataset it came from
@@ -88,7 +91,7 @@ class Sample:
     scores: Mapping[str, float] = field(default_factory=dict)  # the reward's parts
     advantage: Float32[np.ndarray, "n"] | None = None
     reference_logp: Float32[np.ndarray, "n"] | None = None
-    teacher_logp: Float32[np.ndarray, "m n"] | None = None  # one row a teacher
+    teacher_logp: Float32[np.ndarray, "m n"] | None = None  # one row a teacher; NaN where it was not asked
     teacher_topk: TopK | None = None
     streams: Mapping[str, Float32[np.ndarray, "n"]] = field(default_factory=dict)  # what credit leaves for loss
 

@@ -7,9 +7,9 @@
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from rlkd.core.batch import pack
 from rlkd.core.errors import OK, RESUBMIT, DataError, InfrastructureError, Stopped, WorkerLost
@@ -20,6 +20,8 @@ from rlkd.train.checkpoint import Checkpoints, State
 from rlkd.train.evaluate import Evaluator
 from rlkd.train.rollout import scored, verified
 from rlkd.train.stages import Stages
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -131,35 +133,30 @@ class Loop:
                 await self.buffer.release(1)
 
     async def _group(self, ticket: int, prompt: Prompt) -> Group:
-        """One group, asked for again as a whole when a worker was lost."""
-        for attempt in range(self.schedule.max_retries + 1):
-            try:
-                return await self._attempt(replace(prompt, seed=(prompt.seed + attempt) % 2**63))
-            except WorkerLost as lost:
-                self.report.event("worker_lost", str(lost), ticket=ticket, prompt=prompt.id, attempt=attempt)
-        raise InfrastructureError(
-            "RLKD-I002",
-            f"prompt {prompt.id} lost its worker {self.schedule.max_retries + 1} times",
-            where="schedule.max_retries",
-            fix="see events.jsonl for what happened to the workers",
-        )
+        """From a prompt to scored samples. A stage that loses a worker is asked again alone: what is written stays."""
+        ask, algorithm, seconds = self.services, self.algorithm, Stages()
 
-    async def _attempt(self, prompt: Prompt) -> Group:
-        ask, seconds = self.services, Stages()
+        async def stage(name: str, call: Callable[[int], Awaitable[Result]]) -> Result:
+            for attempt in range(self.schedule.max_retries + 1):
+                try:
+                    with self.stages.stage(name, prompt.id), seconds.stage(name):
+                        return await call(attempt)
+                except WorkerLost as lost:
+                    about = {"ticket": ticket, "prompt": prompt.id, "stage": name, "attempt": attempt}
+                    self.report.event("worker_lost", str(lost), **about)
+            raise InfrastructureError(
+                "RLKD-I002",
+                f"prompt {prompt.id} lost its worker {self.schedule.max_retries + 1} times in stage `{name}`",
+                where="schedule.max_retries",
+                fix="see events.jsonl for what happened to the workers",
+            )
 
-        def both(name: str) -> Any:
-            return _Both(self.stages.stage(name, prompt.id), seconds.stage(name))
-
-        with both("rollout"):
-            group = await self.algorithm.rollout(prompt, ask, self.knobs)
-        with both("verify"):
-            group, unjudged = await verified(group, ask)
+        drawn = await stage("rollout", lambda attempt: algorithm.rollout(_reseeded(prompt, attempt), ask, self.knobs))
+        judged, unjudged = await stage("verify", lambda _: verified(drawn, ask))
         if unjudged:
             self.report.event("unjudged", f"{unjudged} samples could not be judged", prompt=prompt.id, samples=unjudged)
-        with both("guide"):
-            group = await self.algorithm.guidance(group, ask, self.knobs)
-        with both("score"):
-            group = await scored(group, ask, self.algorithm.needs)
+        guided = await stage("guide", lambda _: algorithm.guidance(judged, ask, self.knobs))
+        group = await stage("score", lambda _: scored(guided, ask, algorithm))
         self.report.observe(group, seconds.taken())
         return group
 
@@ -216,16 +213,5 @@ class Loop:
         self.report.event("waiting", text)
 
 
-class _Both:
-    """Two context managers as one."""
-
-    def __init__(self, *parts: Any) -> None:
-        self.parts = parts
-
-    def __enter__(self) -> None:
-        for part in self.parts:
-            part.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        for part in reversed(self.parts):
-            part.__exit__(*exc)
+def _reseeded(prompt: Prompt, attempt: int) -> Prompt:
+    return replace(prompt, seed=(prompt.seed + attempt) % 2**63)
