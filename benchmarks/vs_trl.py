@@ -88,23 +88,39 @@ def main() -> None:
                 row["ratio"] = row["trl_s"] / row["rlkd_s"]
                 rows.append(row)
                 print(json.dumps(row), flush=True)
+                write(rows, args.out, args.threads)
+    print(table(json.loads(args.out.read_text())["summary"]))
+
+
+def write(rows: list[dict[str, Any]], out: Path, threads: int) -> None:
+    """The result so far: a benchmark that was stopped has the pairs it measured."""
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    of = {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
     summary = {
         kind: {
-            "ratio_median": statistics.median(r["ratio"] for r in rows if r["kind"] == kind),
-            "ratios": [round(r["ratio"], 2) for r in rows if r["kind"] == kind],
-            "trl_samples_per_s": statistics.median(PROMPTS * SAMPLES / r["trl_s"] for r in rows if r["kind"] == kind),
-            "rlkd_samples_per_s": statistics.median(PROMPTS * SAMPLES / r["rlkd_s"] for r in rows if r["kind"] == kind),
+            "pairs": len(pairs),
+            "ratio_median": statistics.median(r["ratio"] for r in pairs),
+            "ratios": [round(r["ratio"], 2) for r in pairs],
+            "trl_samples_per_s": statistics.median(PROMPTS * SAMPLES / r["trl_s"] for r in pairs),
+            "rlkd_samples_per_s": statistics.median(PROMPTS * SAMPLES / r["rlkd_s"] for r in pairs),
         }
-        for kind in args.kinds
+        for kind, pairs in of.items()
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"date": time.strftime("%Y-%m-%d"), "machine": platform.processor() or platform.machine(),
-             "cores": os.cpu_count(), "threads": args.threads}  # fmt: skip
-    args.out.write_text(json.dumps({"about": about, "summary": summary, "runs": rows}, indent=1) + "\n")
-    print(f"\n{'lengths':<10}{'TRL samples/s':>15}{'rlkd samples/s':>16}{'ratio (median)':>16}   ratios")
-    for kind, s in summary.items():
-        print(f"{kind:<10}{s['trl_samples_per_s']:>15.2f}{s['rlkd_samples_per_s']:>16.2f}{s['ratio_median']:>16.2f}   "
-              f"{s['ratios']}")  # fmt: skip
+             "cores": os.cpu_count(), "threads": threads}  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"about": about, "summary": summary, "runs": rows}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(f"`python benchmarks/vs_trl.py`, {about}\n\n```\n{table(summary)}\n```\n")
+
+
+def table(summary: dict[str, Any]) -> str:
+    lines = [f"{'lengths':<10}{'TRL samples/s':>15}{'rlkd samples/s':>16}{'ratio (median)':>16}   ratios"]
+    lines += [
+        f"{kind:<10}{s['trl_samples_per_s']:>15.2f}{s['rlkd_samples_per_s']:>16.2f}{s['ratio_median']:>16.2f}   "
+        f"{s['ratios']}"
+        for kind, s in summary.items()
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def export(run_directory: Path, step: int | None, directory: Path) -> float:
     return worst
 
 
-def difference(folder: Path, tokens: list[int], logp: list[float]) -> float:
+def difference(folder: Path, tokens: list[int], logp: list[float | None]) -> float:
     """The largest |Δ log π(tokens[t] | <t)|, t ≥ 1, between the folder's model and `logp`; float32 on CPU."""
     import torch
     from transformers import AutoModelForCausalLM

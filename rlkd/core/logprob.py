@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlkd.core.matmul import on_onednn, product
+
 CHUNK_LOGITS = 2**22  # logits worth holding at once whatever the number of rows: 16 MiB of float32
 
 
@@ -164,6 +166,8 @@ class _Logits:
         return x if self.on_gpu else x.to(self.wide)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        if on_onednn(a):
+            return product(a, b)
         if a.dtype == self.wide:
             return torch.mm(a, b, out=out)
         return torch.mm(a, b, out_dtype=self.wide, out=out)
@@ -205,10 +209,12 @@ class _Gradients:
             self._bias += dz.sum(0)
         dz = dz.to(logits.hidden.dtype)
         if self._hidden is not None:
-            logits.product(dz, logits.weight, out=self._hidden[rows])
+            self._hidden[rows] = logits.product(dz, logits.weight, out=self._hidden[rows])
         if self._weight is None:
             return
-        if dz.dtype == self._weight.dtype:
+        if on_onednn(dz):
+            self._weight += product(dz.T, logits.hidden[rows])
+        elif dz.dtype == self._weight.dtype:
             self._weight.addmm_(dz.T, logits.hidden[rows])
         else:
             self._weight += torch.mm(dz.T, logits.hidden[rows], out_dtype=self._weight.dtype)

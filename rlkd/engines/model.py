@@ -6,6 +6,7 @@ This is the one place that knows about the shift by one: the hidden state of tok
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from rlkd.core.batch import MicroBatch
 from rlkd.core.errors import PreflightError
 from rlkd.core.logprob import Head, likeliest, token_logp, tokens_at
+from rlkd.core.matmul import linear
 from rlkd.core.ports import PolicyOutput
 from rlkd.core.prefix import Layout, layout
 from rlkd.core.types import TRAINED
@@ -93,6 +95,7 @@ class Policy(nn.Module):
         """Around a model in memory, which is changed: its attention, no dropout, checkpointing if asked for."""
         check_supported(model, options)
         _without_dropout(model)
+        _with_fast_products(model)
         model.set_attn_implementation(NAME)
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -168,6 +171,17 @@ def _answer_questions(head: nn.Linear) -> None:
         return logits(hidden) if question is None else question.ask(hidden, head.weight, head.bias)
 
     head.forward = forward  # type: ignore[assignment]
+
+
+def _with_fast_products(model: Any) -> None:
+    """The trunk's linear layers by core.matmul; on a GPU and in bfloat16 that is torch's own."""
+    for part in model.modules():
+        if type(part) is nn.Linear and part is not model.get_output_embeddings():
+            part.forward = partial(_linear, part)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias)
 
 
 def _without_dropout(model: Any) -> None:
