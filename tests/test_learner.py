@@ -2,8 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import pytest
@@ -170,13 +169,12 @@ class FakeRef:
     def __init__(self, outcome: Any) -> None:
         self.outcome = outcome
 
-    def future(self) -> "Future[Any]":
-        future: Future[Any] = Future()
+    def __await__(self) -> Generator[Any, None, Any]:
+        if self.outcome is NEVER:
+            yield from asyncio.get_running_loop().create_future().__await__()
         if isinstance(self.outcome, Exception):
-            future.set_exception(self.outcome)
-        elif self.outcome is not NEVER:
-            future.set_result(self.outcome)
-        return future
+            raise self.outcome
+        return self.outcome
 
 
 NEVER = object()

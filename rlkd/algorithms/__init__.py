@@ -15,6 +15,15 @@ TABLE: Mapping[str, str] = {
     "reinforce_pp": "rlkd.algorithms.reinforce_pp:ReinforcePP",
     "gspo": "rlkd.algorithms.gspo:GSPO",
     "cispo": "rlkd.algorithms.cispo:CISPO",
+    "luffy": "rlkd.algorithms.luffy:LUFFY",
+    "ampo": "rlkd.algorithms.ampo:AMPO",
+    "kdrl": "rlkd.algorithms.kdrl:KDRL",
+    "opd": "rlkd.algorithms.opd:OPD",
+    "gkd": "rlkd.algorithms.gkd:GKD",
+    "thinktuning": "rlkd.algorithms.thinktuning:ThinkTuning",
+    "sft": "rlkd.algorithms.sft:SFT",
+    "rsft": "rlkd.algorithms.rsft:RSFT",
+    "dpo": "rlkd.algorithms.dpo:DPO",
 }
 
 _MEMBERS = ("rollout", "guidance", "needs", "whole_groups", "top_k", "knobs", "wants", "credit", "credit_step", "loss")

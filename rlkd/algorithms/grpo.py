@@ -53,6 +53,7 @@ class GRPO:
     guidance: NoGuidance = field(default_factory=NoGuidance)
     whole_groups: ClassVar[bool] = False
     top_k: ClassVar[int] = 0
+    trained: ClassVar[Origin] = Origin.POLICY  # whose tokens ℓ is a mean over
     kl_in_reward: ClassVar[bool] = False  # whether `credit` charges β·KL (RLOO, REINFORCE++) instead of the loss
 
     @property
@@ -92,7 +93,7 @@ class GRPO:
         old = x.behavior_logp if self.correction == "none" else pi.logp.detach()
         rho = surrogate.ratio(pi.logp, old)
         per_token = self.surrogate(rho, self.penalised(pi, x), pi, x) * weight
-        loss = x.mean(per_token, Origin.POLICY, self.norm, self.norm_length)
+        loss = self.averaged(per_token, x)
         outside = (rho < 1 - self.clip_low) | (rho > 1 + self.clip_high)
         metrics = {
             "ratio": x.mean(rho.detach(), Origin.POLICY),
@@ -102,7 +103,7 @@ class GRPO:
         if self.correction != "none":
             metrics["correction_weight"] = x.mean(weight, Origin.POLICY)
         if self.entropy:
-            loss = loss - self.entropy * x.mean(pi.entropy, Origin.POLICY)
+            loss = loss - self.entropy * x.mean(pi.entropy, self.trained)
         if self.beta:
             reference = x.required("reference_logp")
             metrics["kl_reference"] = x.mean(kl.k3(pi.logp.detach(), reference), Origin.POLICY)
@@ -117,6 +118,10 @@ class GRPO:
         """ℓ per token; what GSPO, CISPO and their like replace."""
         loss = surrogate.clipped(rho, a, self.clip_low, self.clip_high)
         return loss if self.dual_clip is None else surrogate.dual_clipped(loss, a, self.dual_clip)
+
+    def averaged(self, per_token: Float[Tensor, "t"], x: MicroBatch) -> Float[Tensor, ""]:
+        """This micro-batch's share of the step's mean of ℓ."""
+        return x.mean(per_token, self.trained, self.norm, self.norm_length)
 
     def penalised(self, pi: PolicyOutput, x: MicroBatch) -> Float[Tensor, "t"]:
         """Â, with −β·k1 against the reference if that is the chosen estimator."""

@@ -95,6 +95,10 @@ class InfrastructureError(RlkdError):
     exit_code = INFRASTRUCTURE
 
 
+class BudgetReached(InfrastructureError):
+    """A teacher's budget of tokens or money is spent: the run saves its last whole step and ends (RLKD-I720)."""
+
+
 class CheckpointError(RlkdError):
     """No checkpoint can be loaded where one is asked for (RLKD-K…)."""
 

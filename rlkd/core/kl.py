@@ -15,7 +15,7 @@ advantage (`as_advantage`), which has the same expected gradient as k2.
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3", "k3+"]
@@ -50,3 +50,45 @@ def estimate(
 ) -> Float[Tensor, "*t"]:
     """The named estimator as a loss term. k1 is not among them: as a loss its gradient ignores `other`."""
     return {"k2": k2, "k3": k3, "k3+": k3_plus}[name](logp, other)
+
+
+# --- against a teacher that may be silent at a place, or far away
+
+BOUND = 20.0  # |δ| beyond this is a broken or a forbidden token, not more of a pull
+
+
+def gap(logp: Float[Tensor, "*t"], other: Float[Tensor, "*t"], here: Bool[Tensor, "*t"]) -> Float[Tensor, "*t"]:
+    """δ = log π_θ − log q where `here` says that both are known, 0 without gradient elsewhere.
+
+    The value is clamped to ±BOUND (log q may be −∞), its gradient is still that of log π_θ: a clamp of δ itself would
+    leave a k2 loss without gradient exactly where π_θ is furthest from q. Unknown values are replaced *before* the
+    subtraction, so that no NaN comes back with the gradient.
+    """
+    mine = torch.where(here, logp, 0.0)
+    value = (mine.detach() - torch.where(here, other, 0.0)).clamp(-BOUND, BOUND)
+    return value + (mine - mine.detach())
+
+
+def of_gap(name: Literal["k2", "k3", "k3+"], delta: Float[Tensor, "*t"]) -> Float[Tensor, "*t"]:
+    """The named estimator of δ itself, as a loss term."""
+    return estimate(name, delta, torch.zeros_like(delta))
+
+
+def pull(name: Estimator, delta: Float[Tensor, "*t"]) -> Float[Tensor, "*t"]:
+    """−∂k/∂log π_θ, detached: what to add to the advantage for the gradient that −k has as an objective.
+
+    k1 in the advantage is k2 in the loss: both are −δ. For k3 it is e^−δ − 1, the forward KL's.
+    """
+    delta = delta.detach()
+    return torch.exp(-delta) - 1.0 if name == "k3" else -delta
+
+
+def to_go(values: Float[Tensor, "t"], segment: Int64[Tensor, "t"]) -> Float[Tensor, "t"]:
+    """Σ_{s≥t} values_s within each segment (ascending, as in a MicroBatch). Without gradient.
+
+    Summed in float64 over the whole micro-batch, so that what else is in it does not show in the last digits.
+    """
+    suffix = torch.flip(torch.cumsum(torch.flip(values.detach().double(), (0,)), 0), (0,))
+    lengths = torch.bincount(segment)
+    behind = torch.cat([suffix, suffix.new_zeros(1)])[lengths.cumsum(0)]  # of the segments that follow
+    return (suffix - behind[segment]).to(values.dtype)

@@ -102,7 +102,7 @@ class Written:
 
     text: str
     finish: Finish
-    tokens: int  # in the writer's own vocabulary
+    tokens: int | None  # in the writer's own vocabulary; None: it did not say
 
 
 @runtime_checkable
@@ -148,6 +148,7 @@ class Services:
     writers: Mapping[str, Writer] = field(default_factory=dict)  # teachers that write, by name
     traces: Traces | None = None
     report: Callable[[str, str], None] = lambda kind, text: None  # what guidance met, counted by kind and shown
+    sampling: Sampling | None = None  # how the policy writes while it is trained
 
 
 

@@ -121,6 +121,12 @@ class Group:
 
     prompt: Prompt
     samples: tuple[Sample, ...]
+    replaced: tuple[Sample, ...] = ()  # the policy's answers that gave way to help: counted, never trained
+
+    @property
+    def own(self) -> tuple[Sample, ...]:
+        """What the policy wrote without help, also where help took its place: what curves and pass rates are of."""
+        return (*(s for s in self.samples if not s.guided), *self.replaced)
 
     @property
     def rewards(self) -> Float32[np.ndarray, "g"]:

@@ -72,7 +72,7 @@ class Difficulty(Uniform):
 
     def observe(self, group: Group) -> bool:
         """Takes the policy's own judged samples into the pass rate; a group without any teaches nothing."""
-        passes = [s.reward > self.band.success for s in group.samples if not s.guided and not math.isnan(s.reward)]
+        passes = [s.reward > self.band.success for s in group.own if not math.isnan(s.reward)]
         if passes:
             index = self._index[group.prompt.id]
             rate = sum(passes) / len(passes)

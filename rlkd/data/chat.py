@@ -89,6 +89,24 @@ class HFTokenizer:
         )
         return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 
+    def spans(self, text: str) -> tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n 2"]]:
+        """Token ids of plain text without BOS, and the characters [from, to) that each stands for.
+
+        PreflightError for a tokenizer written in Python ("slow"), which does not know them.
+        """
+        if not self._tokenizer.is_fast:
+            raise PreflightError(
+                "RLKD-E159",
+                "the tokenizer cannot say which characters a token stands for: it is no fast one",
+                where=str(self._tokenizer.name_or_path) or None,
+                fix="the model folder needs tokenizer.json, which a fast tokenizer's save_pretrained writes",
+            )
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False
+        )
+        places = np.array(encoded["offset_mapping"], np.int32).reshape(-1, 2)
+        return np.array(encoded["input_ids"], np.int32), places
+
     def decode(self, tokens: Int32[np.ndarray, "_"], special: bool = False) -> str:
         """The text as it is, spaces untouched; end tokens and their like only with `special`."""
         text = self._tokenizer.decode(

@@ -6,7 +6,7 @@ by the chat template) → fit (at most `Rules.max_prompt_tokens`).
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from rlkd.core.errors import ConfigError
-from rlkd.core.types import Prompt
-from rlkd.data.chat import HFTokenizer, TemplateRefusal
+from rlkd.core.types import Demonstration, Prompt
+from rlkd.data.chat import HFTokenizer, Message, TemplateRefusal
+from rlkd.data.demonstrations import Demonstrations, digest_of
 from rlkd.data.funnel import Funnel, TakenId, Tally, empty_error, rows_error, too_long_error
 from rlkd.data.rows import BadRow, Columns, Question, question
 from rlkd.data.sources import Opened, SourceSettings, opened
@@ -32,6 +33,7 @@ class Rules:
     bad_rows: Literal["fail", "drop"] = "fail"
     chat: bool = True  # put prompts through the chat template
     system: str | None = None  # a system message before every prompt that does not bring its own
+    max_answer_tokens: int | None = None  # of a demonstration, its end token included; None: no limit
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Dataset:
     """At least one prompt, in the source's order, each with an id of its own."""
 
     prompts: tuple[Prompt, ...]
-    fingerprint: str  # of ids, tokens, answers, metadata: the same in every process
+    fingerprint: str  # of ids, tokens, answers, metadata, demonstrations: the same in every process
     funnel: Funnel
     warnings: tuple[str, ...] = ()
 
@@ -59,7 +61,11 @@ def load(source: SourceSettings, tokenizer: HFTokenizer, rules: Rules, setting: 
             where="model.system",
             fix="say data.chat=true, or leave model.system out",
         )
-    return _Reading(tokenizer, rules, opened(source, setting), setting).dataset(source.path or source.kind)
+    found = opened(source, setting)
+    worked = Demonstrations(tokenizer, found.columns.demonstrations, source.traces, rules.max_answer_tokens)
+    if rules.bad_rows == "fail":
+        worked.check_rows(f"{setting}.traces ({source.traces})")
+    return _Reading(tokenizer, rules, found, setting, worked).dataset(source.path or source.kind)
 
 
 @dataclass
@@ -70,6 +76,7 @@ class _Reading:
     rules: Rules
     source: Opened
     setting: str
+    worked: Demonstrations
     tally: Tally = field(init=False)
     ids: dict[str, str] = field(default_factory=dict)  # id → where it was first
     taken: list[TakenId] = field(default_factory=list)
@@ -83,19 +90,22 @@ class _Reading:
         kept: list[Prompt] = []
         where: list[str] = []
         digest = hashlib.blake2b(digest_size=16)
-        for asked, tokens in self._tokenised():
-            if not self.tally.measure(asked.where, len(tokens)):
-                continue
-            kept.append(self._prompt(asked, tokens))
-            where.append(asked.where)
-            for part in (asked.id.encode(), tokens.tobytes(), asked.digest):
-                digest.update(hashlib.blake2b(part, digest_size=16).digest())
-        funnel = self.tally.funnel()
+        for batch in self._tokenised():
+            fit = [one for one in batch if self.tally.measure(one[0].where, len(one[2]))]
+            helped = self.worked.of_batch([(asked, text) for asked, text, _ in fit])
+            for (asked, _, tokens), demonstrations in zip(fit, helped, strict=True):
+                kept.append(self._prompt(asked, tokens, demonstrations))
+                where.append(asked.where)
+                for part in (asked.id.encode(), tokens.tobytes(), asked.digest, *digest_of(demonstrations)):
+                    digest.update(hashlib.blake2b(part, digest_size=16).digest())
+        funnel = replace(self.tally.funnel(), demonstrations=self.worked.kept, helped=self.worked.helped)
         self._check(funnel, f"{self.setting} ({path})")
-        warnings = [*funnel.lines(), *self._warnings(len(kept)), *_repeated(kept, where)]
+        warnings = [*funnel.lines(), *self.worked.lines(), *self._warnings(len(kept)), *_repeated(kept, where)]
         return Dataset(tuple(kept), digest.hexdigest(), funnel, tuple(f"{self.setting}: {w}" for w in warnings))
 
-    def _prompt(self, asked: Question, tokens: Int32[np.ndarray, "p"]) -> Prompt:
+    def _prompt(
+        self, asked: Question, tokens: Int32[np.ndarray, "p"], demonstrations: tuple[Demonstration, ...]
+    ) -> Prompt:
         if self.tokenizer.unknown is not None and self.tokenizer.unknown in tokens:
             self.unknown += 1
         return Prompt(
@@ -103,6 +113,8 @@ class _Reading:
             tokens=tokens,
             answer=asked.answer,
             text=asked.text,
+            messages=self._messages(asked),
+            demonstrations=demonstrations,
             metadata=asked.metadata,
             source=self.source.name,
         )
@@ -121,7 +133,8 @@ class _Reading:
             self.numbered += asked.numbered
             yield asked
 
-    def _tokenised(self) -> Iterator[tuple[Question, Int32[np.ndarray, "p"]]]:
+    def _tokenised(self) -> Iterator[list[tuple[Question, str, Int32[np.ndarray, "p"]]]]:
+        """Questions, batch by batch, with the text their tokens were made of."""
         for batch in _batches(self._questions(), BATCH):
             if self.rules.chat:
                 rendered = [(asked, text) for asked in batch if (text := self._render(asked)) is not None]
@@ -129,17 +142,19 @@ class _Reading:
                 rendered = [(asked, asked.text) for asked in batch if self._plain(asked)]
             tokens = self.tokenizer.encode_many([text for _, text in rendered], special=not self.rules.chat)
             for (asked, _), ids in zip(rendered, tokens, strict=True):
-                if len(ids):
-                    yield asked, ids
-                else:
+                if not len(ids):
                     self.tally.reject(BadRow(asked.where, "no tokens", "the tokenizer makes no token of the prompt"))
+            yield [(asked, text, ids) for (asked, text), ids in zip(rendered, tokens, strict=True) if len(ids)]
+
+    def _messages(self, asked: Question) -> tuple[Message, ...]:
+        messages = asked.messages or ({"role": "user", "content": asked.text},)
+        if self.rules.system is not None and messages[0]["role"] != "system":
+            messages = ({"role": "system", "content": self.rules.system}, *messages)
+        return messages
 
     def _render(self, asked: Question) -> str | None:
-        messages = list(asked.messages or ({"role": "user", "content": asked.text},))
-        if self.rules.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.rules.system}, *messages]
         try:
-            return self.tokenizer.render(messages)
+            return self.tokenizer.render(self._messages(asked))
         except TemplateRefusal as refusal:
             what = f"the chat template does not take it: {str(refusal)[:200]}"
             self.tally.reject(BadRow(asked.where, "refused by the chat template", what))
@@ -160,6 +175,7 @@ class _Reading:
             raise too_long_error(funnel, where)
         if not funnel.fit:
             raise empty_error(funnel, where)
+        self.worked.check(where)
 
     def _warnings(self, kept: int) -> Iterator[str]:
         column = self.source.columns.id

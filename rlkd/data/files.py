@@ -113,7 +113,7 @@ def _json_row(number: int, where: str, line: bytes) -> Row | BadRow:
 
 
 def parquet(path: Path, columns: Columns) -> Iterator[Row | BadRow]:
-    """Raises DataError for a file that is not parquet, or lacks the prompt's or the answer's column."""
+    """Raises DataError for a file that is not parquet, or lacks a column that is asked for."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -165,8 +165,9 @@ def _check_split(split: str, splits: list[str], path: Path) -> None:
 
 
 def _check_columns(names: list[str], columns: Columns, where: str) -> None:
-    for setting, column in (("prompt", columns.prompt), ("answer", columns.answer)):
-        if column not in names:
+    needed = {"prompt": columns.prompt, "answer": columns.answer, "demonstrations": columns.demonstrations}
+    for setting, column in needed.items():
+        if column is not None and column not in names:
             close = nearest(column, names)
             raise DataError(
                 "RLKD-D106",
@@ -174,7 +175,7 @@ def _check_columns(names: list[str], columns: Columns, where: str) -> None:
                 where=where,
                 fix=(f"did you mean `{close}`? " if close else "") + f"say `{setting}: NAME` in the data source",
             )
-    for name in (columns.prompt, columns.answer, columns.id):
+    for name in filter(None, (*needed.values(), columns.id)):
         if names.count(name) > 1:
             raise DataError("RLKD-D106", f"{names.count(name)} columns are called `{name}`", where, "keep one of them")
 

@@ -39,9 +39,17 @@ class Funnel:
     examples: Mapping[str, BadRow]  # the first of each kind
     bad: tuple[BadRow, ...] = ()
     long: tuple[TooLong, ...] = ()
+    demonstrations: int = 0  # worked answers, of prompts that fit
+    helped: int = 0  # prompts with at least one
 
     def __str__(self) -> str:
         """7,473 rows → 7,470 valid → 0 within 64 prompt tokens (shortest is 71)"""
+        text = self._prompts()
+        if self.demonstrations:
+            text += f"\n{counted(self.demonstrations, 'demonstration')} of {self.helped:,} of {self.fit:,} prompts"
+        return text
+
+    def _prompts(self) -> str:
         text = f"{self.read:,} rows → {self.valid:,} valid → {self.fit:,} within {self.limit:,} prompt tokens"
         if self.shortest is None:
             return text

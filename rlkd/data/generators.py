@@ -3,22 +3,64 @@
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlkd.core.errors import DataError, PreflightError, nearest
 from rlkd.data import reasoning_gym_child
 from rlkd.data.rows import Row
 
+if TYPE_CHECKING:
+    from rlkd.models.arithmetic import Problem
+
 GENERATE_TIMEOUT_S = 600.0
 
 
-def arithmetic(split: str, size: int, seed: int) -> Iterator[Row]:
-    """Raises DataError for an unknown split, PreflightError if the split does not hold `size` problems."""
+@dataclass(frozen=True)
+class Pupil:
+    """The arithmetic task's options: which problems, and who writes their demonstrations."""
+
+    carries: int = 0  # of a problem, at least: 0 to 3 of its columns
+    demonstrations: int = 0  # of each problem
+    forgets: float = 0.0  # probability of dropping a carry; 0 is always right
+    teacher: str = "pupil"
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Pupil":
+        """DataError for an option it does not have, or a value that makes no sense."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise _unknown_option("arithmetic", str(name), known)
+        carries, count, forgets, teacher = (options.get(f.name, f.default) for f in fields(cls))
+        sound = type(count) is int and count >= 0 and type(carries) is int and 0 <= carries <= 3
+        sound = sound and type(forgets) in (int, float) and 0 <= forgets <= 1
+        if not (sound and isinstance(teacher, str) and teacher):
+            raise DataError(
+                "RLKD-D122",
+                f"the arithmetic task does not work with these options: {dict(options)}",
+                where="options of the data source",
+                fix="demonstrations: a whole number; carries: 0 to 3; forgets: a probability; teacher: a name",
+            )
+        return cls(carries, count, float(forgets), teacher)
+
+    def writes(self, problem: "Problem", seed: int) -> list[dict[str, str]]:
+        """The worked answers of one problem; the same for the same seed, whatever else is written."""
+        chance = random.Random(f"{seed}:{problem.question}")
+        texts = [problem.written(lambda: chance.random() < self.forgets) for _ in range(self.demonstrations)]
+        return [{"teacher": self.teacher, "text": text} for text in texts]
+
+
+def arithmetic(split: str, size: int, seed: int, options: Mapping[str, Any]) -> Iterator[Row]:
+    """Raises DataError for an unknown split or option, PreflightError if there are not `size` such problems."""
     from rlkd.models.arithmetic import Split, problems
+
+    pupil = Pupil.of(options)
 
     splits = [str(s) for s in Split]
     if split not in splits:
@@ -28,8 +70,11 @@ def arithmetic(split: str, size: int, seed: int) -> Iterator[Row]:
             where="data source of kind arithmetic",
             fix=f"its splits: {', '.join(splits)}",
         )
-    for number, problem in enumerate(problems(Split(split), size, seed), start=1):
-        yield Row(number, f"arithmetic {split}: row {number}", {"prompt": problem.question, "answer": problem.answer})
+    for number, problem in enumerate(problems(Split(split), size, seed, pupil.carries), start=1):
+        values: dict[str, object] = {"prompt": problem.question, "answer": problem.answer}
+        if pupil.demonstrations:
+            values["demonstrations"] = pupil.writes(problem, seed)
+        yield Row(number, f"arithmetic {split}: row {number}", values)
 
 
 def reasoning_gym(task: str, size: int, seed: int, options: Mapping[str, Any]) -> Iterator[Row]:
@@ -61,14 +106,7 @@ def _check(made: Mapping[str, Any], task: str) -> None:
             fix=f"did you mean `{close}`?" if close else "its tasks: " + ", ".join(made["known"]),
         )
     if "unknown_option" in made:
-        name, known = made["unknown_option"], made["known"]
-        close = nearest(name, known)
-        raise DataError(
-            "RLKD-D121",
-            f"the task `{task}` has no option `{name}`",
-            where="options of the data source",
-            fix=(f"did you mean `{close}`? " if close else "") + f"its options: {', '.join(known)}",
-        )
+        raise _unknown_option(task, made["unknown_option"], made["known"])
     if "refused" in made:
         raise DataError(
             "RLKD-D122",
@@ -76,6 +114,16 @@ def _check(made: Mapping[str, Any], task: str) -> None:
             where="options of the data source",
             fix="change its options or size",
         )
+
+
+def _unknown_option(task: str, name: str, known: Sequence[str]) -> DataError:
+    close = nearest(name, known)
+    return DataError(
+        "RLKD-D121",
+        f"the task `{task}` has no option `{name}`",
+        where="options of the data source",
+        fix=(f"did you mean `{close}`? " if close else "") + f"its options: {', '.join(known)}",
+    )
 
 
 def as_json(request: Mapping[str, Any]) -> str:

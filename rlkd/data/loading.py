@@ -42,8 +42,9 @@ def load_data(
     Raises ConfigError if they cannot, and what `dataset.load` raises.
     """
     rules = Rules(
-        _room(config.max_prompt_tokens, context, answer_tokens), config.too_long, config.bad_rows, config.chat, system
-    )
+        _room(config.max_prompt_tokens, context, answer_tokens), config.too_long, config.bad_rows, config.chat, system,
+        answer_tokens,
+    )  # fmt: skip
     train = load(config.train, tokenizer, rules, "data.train")
     holdout = None if config.holdout is None else load(config.holdout, tokenizer, rules, "data.holdout")
     warnings = train.warnings

@@ -19,6 +19,7 @@ class Columns:
     prompt: str = "prompt"
     answer: str = "answer"
     id: str = "id"
+    demonstrations: str | None = None  # None: rows have none
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,16 @@ class BadRow:
 
 
 @dataclass(frozen=True)
+class Worked:
+    """A worked answer as text: a demonstration, not yet tokenised. `where` is what a message calls it."""
+
+    teacher: str
+    text: str
+    where: str
+    quality: float = math.nan
+
+
+@dataclass(frozen=True)
 class Question:
     """A usable row, not yet tokenised. `messages` is None for a plain string."""
 
@@ -52,6 +63,7 @@ class Question:
     metadata: Mapping[str, object] = field(default_factory=dict)
     digest: bytes = b""  # of answer and metadata
     numbered: bool = False  # its id was made here
+    demonstrations: tuple[Worked, ...] = ()
 
 
 class _Wrong(Exception):
@@ -67,13 +79,25 @@ def question(row: Row, columns: Columns, source: str) -> Question | BadRow:
         text, messages = _prompt(_value(row, columns.prompt, "prompt"))
         answer = _answer(_value(row, columns.answer, "answer"))
         given = _id(row.values.get(columns.id))
-        used = {columns.prompt, columns.answer, columns.id}
+        helped = () if columns.demonstrations is None else _worked(row.values.get(columns.demonstrations), row.where)
+        used = {columns.prompt, columns.answer, columns.id, columns.demonstrations}
         metadata = {name: value for name, value in row.values.items() if name not in used}
         digest = _digest(answer, metadata)
     except _Wrong as wrong:
         return BadRow(row.where, wrong.reason, wrong.what, wrong.fix)
     name = f"{source}:{row.number}" if given is None else given
-    return Question(row.where, name, text, messages, answer, metadata, digest, numbered=given is None)
+    return Question(row.where, name, text, messages, answer, metadata, digest, given is None, helped)
+
+
+def trace(row: Row) -> tuple[str, Worked] | BadRow:
+    """A row of a file of traces: the prompt's id, and a worked answer to it."""
+    try:
+        name = _id(row.values.get("id"))
+        if name is None:
+            raise _Wrong("no 'id'", "a trace must say which prompt it is of: no field 'id'")
+        return name, _demonstration(row.values, "the trace", row.where)
+    except _Wrong as wrong:
+        return BadRow(row.where, wrong.reason, wrong.what, wrong.fix)
 
 
 def shown(value: object) -> str:
@@ -158,6 +182,36 @@ def _answer(value: object) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
     return str(value)
+
+
+UNNAMED = "data"  # the teacher of a demonstration that does not name one
+# A demonstration's fields, by rlkd's name and by those of the data sets that LUFFY and AMPO were published with.
+_FIELDS = {"text": ("text", "content"), "teacher": ("teacher", "source"), "quality": ("quality", "quality_score")}
+
+
+def _worked(value: object, where: str) -> tuple[Worked, ...]:
+    """A text, a record, or a list of such; null is none."""
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(_demonstration(item, f"demonstration {i}", where) for i, item in enumerate(items, start=1))
+
+
+def _demonstration(item: object, what: str, where: str) -> Worked:
+    if isinstance(item, str):
+        return Worked(UNNAMED, _text(item, what), where)
+    if not isinstance(item, Mapping):
+        raise _Wrong("bad demonstration", f"{what} must be a text or a record with a 'text', but is {shown(item)}")
+    text, teacher, quality = (
+        next((item[name] for name in names if item.get(name) is not None), None) for names in _FIELDS.values()
+    )
+    if not isinstance(text, str):
+        found = "has no 'text'" if text is None else f"its text is {shown(text)}"
+        raise _Wrong("bad demonstration", f"{what}: {found}", "give {teacher, text, quality}")
+    if not isinstance(teacher, str | None):
+        raise _Wrong("bad demonstration", f"{what}: its teacher must be a name, not {shown(teacher)}")
+    if isinstance(quality, bool) or not isinstance(quality, int | float | Decimal | None):
+        raise _Wrong("bad demonstration", f"{what}: its quality must be a number, not {shown(quality)}")
+    known = math.nan if quality is None else float(quality)
+    return Worked(_text(teacher or UNNAMED, what), _text(text, what), where, known)
 
 
 def _id(value: object) -> str | None:

@@ -36,6 +36,10 @@ class SourceSettings(Protocol):
     def answer(self) -> str: ...
     @property
     def id(self) -> str: ...
+    @property
+    def demonstrations(self) -> str | None: ...  # a column
+    @property
+    def traces(self) -> str | None: ...  # a file
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def opened(source: SourceSettings, setting: str = "data.train") -> Opened:
     if not source.path:
         raise ConfigError("RLKD-C402", "no path given", f"{setting}.path", "name the file or folder with the prompts")
     path = Path(os.path.expanduser(source.path))
-    columns = Columns(source.prompt, source.answer, source.id)
+    columns = Columns(source.prompt, source.answer, source.id, source.demonstrations)
     rows: Iterable[Row | BadRow]
     if source.kind == "jsonl":
         rows = files.jsonl(path)
@@ -73,8 +77,16 @@ def opened(source: SourceSettings, setting: str = "data.train") -> Opened:
 def _generated(source: SourceSettings, setting: str) -> Opened:
     if source.size is None:
         raise ConfigError("RLKD-C403", "a generator needs to know how many rows to make", f"{setting}.size")
+    if source.demonstrations is not None:
+        raise ConfigError(
+            "RLKD-C411",
+            f"the generator {source.kind} has no columns, and so none with demonstrations",
+            f"{setting}.demonstrations",
+            "leave it out; `traces` names a file of them, and arithmetic writes its own: options: {demonstrations: 1}",
+        )
     if source.kind == "arithmetic":
-        rows = generators.arithmetic(source.split, source.size, source.seed)
-        return Opened(f"arithmetic-{source.split}", Columns(), rows)
+        rows = generators.arithmetic(source.split, source.size, source.seed, source.options)
+        helped = Columns(demonstrations="demonstrations" if source.options.get("demonstrations") else None)
+        return Opened(f"arithmetic-{source.split}", helped, rows)
     rows = generators.reasoning_gym(source.path, source.size, source.seed, source.options)
     return Opened(source.path, Columns(), rows)

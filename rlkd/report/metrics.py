@@ -1,5 +1,6 @@
 """Numbers of a step. Those of the policy's own answers come from every finished group, before any is turned away: the
-reward of only those worth training on would be a flattering curve. A sample a teacher had a hand in counts apart.
+reward of only those worth training on would be a flattering curve. A sample a teacher had a hand in counts apart, and
+an answer that gave way to it counts all the same.
 
 reward/mean, reward/std    the policy's own answers; reward/guided: those with help
 right                      share of the policy's own answers with a reward above `success`
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rlkd.core.types import TRAINED, Finish, Group
+from rlkd.core.types import TRAINED, Finish, Group, Origin
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Observed:
 
     success: float
     groups: int = 0
+    samples: int = 0  # judged, of finished groups
     unjudged: int = 0
     aborted: int = 0
     truncated: int = 0
@@ -45,9 +47,10 @@ class Observed:
         for stage, s in seconds.items():
             self.seconds.setdefault(stage, []).append(s)
         judged = [s for s in group.samples if not math.isnan(s.reward)]
+        self.samples += len(judged)
         self.unjudged += len(group.samples) - len(judged)
         self.guided_rewards += [s.reward for s in judged if s.guided]
-        own = [s for s in judged if not s.guided]
+        own = [s for s in group.own if not math.isnan(s.reward)]
         for sample in own:
             self.rewards.append(sample.reward)
             self.lengths.append(sample.answer_tokens)
@@ -71,7 +74,7 @@ class Observed:
             "truncated": self.truncated / own if own else math.nan,
             "aborted": self.aborted / own if own else math.nan,
             "unjudged": float(self.unjudged),
-            "guided": guided / (own + guided) if own + guided else math.nan,
+            "guided": guided / self.samples if self.samples else math.nan,
             "groups/finished": float(self.groups),
         }
         if guided:
@@ -96,8 +99,9 @@ def of_batch(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def newest_version(groups: Sequence[Group]) -> int | None:
-    """The newest policy that wrote into any of the samples; None without samples."""
-    return max((s.versions[1] for g in groups for s in g.samples), default=None)
+    """The newest policy that wrote into any of the samples; None if none did."""
+    written = (s for g in groups for s in g.samples if (s.origin == Origin.POLICY).any())
+    return max((s.versions[1] for s in written), default=None)
 
 
 def _mean(values: Sequence[float] | Sequence[int] | Sequence[bool]) -> float:
