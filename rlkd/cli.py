@@ -18,7 +18,7 @@ import typer
 from rlkd.core.errors import INTERNAL, INTERRUPTED, OK, PREFLIGHT, USAGE, RlkdError, Stopped
 
 if TYPE_CHECKING:
-    from rlkd.config.schema import Config
+    from rlkd.config.stages import Stage
 
 app = typer.Typer(
     name="rlkd",
@@ -90,10 +90,10 @@ def train(
     name: Annotated[str | None, typer.Option("--name", help="The run's name, and that of its folder.")] = None,
 ) -> int:
     """Train, or go on with an interrupted run."""
-    config = _load(recipe, [*(overrides or ()), *([] if name is None else [f"name={name}"])])
-    import rlkd.run as run
+    stages = _stages(recipe, [*(overrides or ()), *([] if name is None else [f"name={name}"])])
+    import rlkd.staged as staged
 
-    return run.train(config, Path(recipe))
+    return staged.train(stages, Path(recipe))
 
 
 @app.command()
@@ -103,10 +103,10 @@ def check(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) ->
 
     Says in words what would run, and scores a few real samples.
     """
-    config = _load(recipe, overrides or ())
-    import rlkd.run as run
+    stages = _stages(recipe, overrides or ())
+    import rlkd.staged as staged
 
-    return _print(run.check(config), as_json)
+    return _print(staged.check(stages), as_json)
 
 
 @app.command()
@@ -127,7 +127,7 @@ def doctor(
 @models.command("get")
 @guarded
 def model_get(
-    name: Annotated[str, typer.Argument(help="tiny, smollm2 or gemma3-270m.")],
+    name: Annotated[str, typer.Argument(help="tiny, tiny-teacher, smollm2 or gemma3-270m.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, for model.path.")],
 ) -> int:
     """Put a model's folder into DIR."""
@@ -149,10 +149,11 @@ def evaluate(
 
     Greedy or pass@k (`evaluate.*` of the recipe), with confidence intervals.
     """
-    config = _load(recipe, overrides or ())
+    stages = _stages(recipe, overrides or ())
     import rlkd.run as run
+    import rlkd.staged as staged
 
-    return _print(run.evaluate(config, Path(what)), as_json)
+    return _print(run.evaluate(stages[-1].config, staged.run_folder(Path(what))), as_json)
 
 
 @app.command()
@@ -169,16 +170,18 @@ def export(
     The folder is loaded again and compared with the checkpoint.
     """
     import rlkd.run as run
+    import rlkd.staged as staged
 
-    run.export(run_directory, step, directory)
+    run.export(staged.run_folder(run_directory), step, directory)
     return OK
 
 
-def _load(recipe: str, overrides: "list[str] | tuple[str, ...]") -> "Config":
-    """The recipe. Algorithms and rewards of one's own are looked for in the current folder too."""
+def _stages(recipe: str, overrides: "list[str] | tuple[str, ...]") -> "list[Stage]":
+    """The recipe's stages; one, if it says nothing of stages. Algorithms and rewards of one's own are looked for in the
+    current folder too."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    from rlkd.config.load import load
+    from rlkd.config.stages import load
 
     return load(recipe, overrides)
 

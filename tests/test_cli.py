@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import rlkd
-from rlkd import cli
+from rlkd import cli, staged
 from rlkd.config.load import Loaded
 from rlkd.core import errors
 
@@ -57,6 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         monkeypatch.setitem(sys.modules, f"rlkd.{name}", module)
         __import__(parent)
         monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
+    monkeypatch.setattr(staged, "run", run)
     return made
 
 

@@ -54,17 +54,23 @@ class Loaded(Config):
 def load(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """The recipe at `path` with `overrides` (`a.b=value`) on top. ConfigError with all of its problems."""
     found = Found()
-    section = recipe.read(str(path), overrides, found)
-    fitted = Fitted.of(section, str(path), found)
-    written = Written(str(path), tuple(overrides), fitted.places, fitted.expressions)
-    values = fitted.values()
-    if values is not None:
-        config = Loaded(**values, written=written)
-        for finding in contradictions.findings(config):
-            if not any(fitted.is_doubtful(key) for key in finding.keys):
-                found.put(*written.locate(finding))
+    config = made(recipe.read(str(path), overrides, found), str(path), overrides, found)
     found.stop_if_any()
-    assert values is not None  # what could not be built was reported
+    assert config is not None  # what could not be built was reported
+    return config
+
+
+def made(section: recipe.Section, path: str, overrides: Sequence[str], found: Found) -> Config | None:
+    """The Config of what was read; problems go to `found`. None if it could not be built."""
+    fitted = Fitted.of(section, path, found)
+    written = Written(path, tuple(overrides), fitted.places, fitted.expressions)
+    values = fitted.values()
+    if values is None:
+        return None
+    config = Loaded(**values, written=written)
+    for finding in contradictions.findings(config):
+        if not any(fitted.is_doubtful(key) for key in finding.keys):
+            found.put(*written.locate(finding))
     return config
 
 

@@ -46,12 +46,19 @@ for _name, _pattern, _first in IMPLICIT:
 
 def read(path: str, overrides: Sequence[str], found: Found) -> Section:
     """The merged recipe. ConfigError if a file or an override cannot be read; other problems go to `found`."""
+    section, above = parts(path, overrides, found)
+    for one in above:
+        section = merged(section, one)
+    return section
+
+
+def parts(path: str, overrides: Sequence[str], found: Found) -> tuple[Section, list[Section]]:
+    """What the files say, and each override as a section. Raises as `read` does."""
     section = _Files(found).read(path, None, ())
-    for number, text in enumerate(overrides):
-        section = merged(section, _override(text, number, found))
+    above = [_override(text, number, found) for number, text in enumerate(overrides)]
     if found.codes() - {TWICE}:  # what is missing from what was read says nothing about the recipe
         found.stop_if_any()
-    return section
+    return section, above
 
 
 def merged(below: Section, above: Section) -> Section:

@@ -7,14 +7,15 @@
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from rlkd.core.batch import pack
-from rlkd.core.errors import OK, RESUBMIT, DataError, InfrastructureError, Stopped, WorkerLost
+from rlkd.core.errors import OK, RESUBMIT, BudgetReached, DataError, InfrastructureError, Stopped, WorkerLost
 from rlkd.core.ports import Algorithm, Curriculum, Learner, Services
-from rlkd.core.types import Group, Prompt
+from rlkd.core.types import Group, Origin, Prompt
 from rlkd.train.buffer import Buffer
 from rlkd.train.checkpoint import Checkpoints, State
 from rlkd.train.evaluate import Evaluator
@@ -110,10 +111,15 @@ class Loop:
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()  # a producer ends only by an error, and that ends the run
+            if errors := [e for task in done if (e := task.exception()) is not None]:  # and an error ends the run
+                error = min(errors, key=lambda e: isinstance(e, BudgetReached))  # whatever else is wrong comes first
+                if isinstance(error, BudgetReached):
+                    await self._save_and_end(tasks)
+                raise error
             if self.stop.is_set() and self.step < self.schedule.steps:
-                await self._save_and_stop(tasks)
+                await self._save_and_end(tasks)
+                what = f"saved step {self.step} of {self.schedule.steps}; the same command continues there"
+                raise Stopped(RESUBMIT, what)
             return OK
         finally:
             for task in tasks:
@@ -164,7 +170,7 @@ class Loop:
         if not wanted:
             return "curriculum"
         if not group.samples:
-            return "unjudged"
+            return "no samples"
         right = [s.reward > self.success for s in group.samples]
         return "all right" if all(right) else "all wrong" if not any(right) else "other"
 
@@ -172,7 +178,6 @@ class Loop:
         while self.step < self.schedule.steps:
             taken = await self.buffer.take(self.schedule.groups_per_step)
             groups = list(self.algorithm.credit_step(list(taken.values())))
-            self.knobs = self.algorithm.knobs(self.step, self.last)
             batch = pack(groups, self.learner.ranks, self.max_tokens, self.algorithm.whole_groups)
             async with self.idle:
                 with self.stages.stage("learn", f"step {self.step}"):
@@ -180,6 +185,7 @@ class Loop:
                 self.step += 1
                 self.buffer.spend(taken)
                 self.last = {**self.knobs, **metrics, **self.turned_away.clear()}
+                self.knobs = self.algorithm.knobs(self.step, self.last)  # before a producer begins the next step's groups
                 with self.stages.stage("sync", f"version {self.step}"):
                     await self.learner.publish(self.step)
             with self.stages.stage("evaluate", f"step {self.step}"):
@@ -191,7 +197,9 @@ class Loop:
                     await self._save()
 
     def _staleness(self, groups: Sequence[Group]) -> dict[str, float]:
-        ages = [self.step - 1 - s.versions[0] for g in groups for s in g.samples]
+        """Of what the policy wrote; NaN for a step of demonstrations."""
+        written = [s for g in groups for s in g.samples if (s.origin == Origin.POLICY).any()]
+        ages = [self.step - 1 - s.versions[0] for s in written] or [math.nan]
         return {"staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages))}
 
     async def _save(self) -> None:
@@ -201,13 +209,12 @@ class Loop:
             path = await self.checkpoints.save(state, self.learner, self.curriculum)
         self.report.event("checkpoint", f"saved step {self.step}", path=path, step=self.step)
 
-    async def _save_and_stop(self, tasks: Sequence["asyncio.Task[Any]"]) -> None:
+    async def _save_and_end(self, tasks: Sequence["asyncio.Task[Any]"]) -> None:
         """Save from the last whole step, without waiting for rollouts under way; their prompts stay owed."""
         async with self.idle:
             for task in tasks:
                 task.cancel()
             await self._save()
-        raise Stopped(RESUBMIT, f"saved step {self.step} of {self.schedule.steps}; the same command continues there")
 
     def _late(self, text: str) -> None:
         self.report.event("waiting", text)

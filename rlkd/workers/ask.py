@@ -25,19 +25,29 @@ class Slot:
 
 
 async def ask(slot: Slot, handle: Any, what: str, timeout_s: float, method: str, *arguments: Any) -> Any:
-    """Call a worker. WorkerLost if it dies, does not answer in time, or is given up by somebody else meanwhile."""
-    name, lost = f"{slot.name}.{what}", slot.lost
+    """Call a slot's worker. WorkerLost as `call`, and if it is given up by somebody else meanwhile."""
+    return await call(handle, f"{slot.name}.{what}", timeout_s, method, *arguments, lost=slot.lost)
+
+
+async def call(
+    handle: Any, name: str, timeout_s: float, method: str, *arguments: Any, lost: "asyncio.Future[None] | None" = None
+) -> Any:
+    """Call an actor. WorkerLost (called `name`) if it dies, does not answer in time, or once `lost` has an error.
+
+    An RlkdError that it raises is raised here as it was; any other error of its own code as Ray's RayTaskError.
+    """
     ref = getattr(handle, method).remote(*arguments)
     answer = asyncio.ensure_future(ref)
     try:
-        await asyncio.wait({answer, lost}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({answer, *([lost] if lost else [])}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     except asyncio.CancelledError:
         _give_up(ref)
         answer.cancel()
         raise
     if not answer.done():
         answer.cancel()
-        raise WorkerLost(f"{name}: " + (_reason(lost) if lost.done() else f"no answer within {timeout_s:g} s"))
+        why = _reason(lost) if lost is not None and lost.done() else f"no answer within {timeout_s:g} s"
+        raise WorkerLost(f"{name}: {why}")
     try:
         return answer.result()
     except RayTaskError as error:  # raised by the worker's own code

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
 from rlkd.core.batch import MicroBatch, Shares
-from rlkd.core.errors import LearnerLost, RlkdError
+from rlkd.core.errors import LearnerLost, RlkdError, WorkerLost
 from rlkd.core.ports import Algorithm, Knobs, WeightRef
+from rlkd.workers.ask import call
 
 ENGINE = "rlkd.engines.deepspeed"
 START_S = 600.0  # to load the model and meet
@@ -174,16 +174,9 @@ class LearnerGroup:
         if not self._actors:
             raise LearnerLost(f"{name}: the learner was stopped")
         try:
-            answer = getattr(self._actors[rank], method).remote(*arguments).future()
-            return await asyncio.wait_for(asyncio.wrap_future(answer), timeout_s)
-        except RayTaskError as e:
-            if isinstance(e.cause, RlkdError):
-                raise e.cause from None
-            raise
-        except TimeoutError:
-            raise LearnerLost(f"{name}: no answer within {timeout_s:g} s") from None
-        except RayError as e:
-            raise LearnerLost(f"{name}: {type(e).__name__}: {str(e).strip().splitlines()[0]}") from e
+            return await call(self._actors[rank], name, timeout_s, method, *arguments)
+        except WorkerLost as e:
+            raise LearnerLost(str(e)) from e
 
 
 async def _cause(first: Exception, calls: Sequence["asyncio.Future[Any]"]) -> Exception:

@@ -6,17 +6,17 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import ray
 from jaxtyping import Int32
-from ray.exceptions import RayError, RayTaskError
 
-from rlkd.core.errors import RlkdError, WorkerLost
+from rlkd.core.errors import WorkerLost
 from rlkd.core.types import Answer, Origin, Prompt, Sample
 from rlkd.core.verdict import Verdict
+from rlkd.workers.ask import call
 from rlkd.workers.tally import Mixer, OnError, Tally
 
 ATTEMPTS = 3  # workers a group may lose; judging is pure, so it can be asked for again
@@ -105,6 +105,7 @@ class RewardPool:
         return Answer(self._text_of(written), sample.finish, len(written))
 
     async def _verdicts(self, prompt: Prompt, answers: Sequence[Answer]) -> list[Verdict]:
+        prompt = replace(prompt, demonstrations=())  # worked answers may be long, and no verifier looks at them
         for attempt in range(ATTEMPTS):
             worker = min(self._workers, key=lambda w: w.busy)
             try:
@@ -164,16 +165,8 @@ class _Worker:
     async def _ask(self, actor: Any, method: str, timeout_s: float, *arguments: Any) -> Any:
         """Calls the actor. WorkerLost if it died or did not answer, after which it is gone for good."""
         try:
-            future = getattr(actor, method).remote(*arguments).future()
-            return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
-        except RayTaskError as e:
-            if isinstance(e.cause, RlkdError):  # for the user, who needs no traceback of an actor
-                raise e.cause from None
+            return await call(actor, f"{self.name}.{method}", timeout_s, method, *arguments)
+        except WorkerLost:
+            if self._actor is actor:
+                self.kill()
             raise
-        except TimeoutError:
-            why = f"{self.name} did not answer `{method}` within {timeout_s:g} s"
-        except RayError as e:
-            why = f"{self.name} was lost in `{method}`: {type(e).__name__}"
-        if self._actor is actor:
-            self.kill()
-        raise WorkerLost(why)

@@ -126,7 +126,7 @@ def test_a_worker_that_does_not_answer_is_given_up(pool: Make, monkeypatch: pyte
         stopped = psutil.Process(await worker._ask(worker._actor, "pid", 10.0))
         stopped.suspend()
         try:
-            with pytest.raises(WorkerLost, match=r"reward-0 did not answer `score` within 0.5 s"):
+            with pytest.raises(WorkerLost, match=r"reward-0\.score: no answer within 0.5 s"):
                 await worker.score(PROMPT, [])
         finally:
             stopped.kill()
