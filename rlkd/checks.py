@@ -1,32 +1,45 @@
-"""`rlkd check`: everything a run needs, looked at before anything is started; real rows scored, nothing trained."""
+"""`rlkd check`: everything a run needs, looked at before anything is started; real rows scored, nothing trained.
 
+Teachers that the algorithm asks are started as a run would start them, asked one thing each, and ended again.
+"""
+
+import asyncio
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from rlkd import inputs
 from rlkd.config.schema import Config
-from rlkd.core.errors import DataError, Problem
-from rlkd.core.ports import Answer
+from rlkd.core.errors import DataError, InfrastructureError, Problem, WorkerLost
+from rlkd.core.ports import Answer, Model, Writer
 from rlkd.core.types import Finish, Prompt
 from rlkd.engines.probe import Probe, gold_and_wrong, probe
 from rlkd.inputs import Inputs
 from rlkd.rewards.mix import Mix
 from rlkd.rewards.table import pack
+from rlkd.teachers import scorers, unused, writers
+
+DIFFERENT = 1e-3  # nats between two answers to the same question, above which a scorer is not to be relied on
 
 
 def checked(config: Config) -> dict[str, Any]:
     """What would run, in words and as data. Raises the RlkdError of whatever is wrong."""
     read = inputs.read(config)
     probes = judged(config, read)
-    text = "\n".join([*_words(config, read), *_scores(config, probes), "ok: nothing was started, nothing was trained"])
+    teachers = asked(config, read)
+    started = "the teachers were started and ended again" if teachers else "nothing was started"
+    text = "\n".join(
+        [*_words(config, read), *_scores(config, probes), *teachers, f"ok: {started}, nothing was trained"]
+    )
     return {
         "prompts": len(read.data.train.prompts),
         "holdout": len(read.data.holdout.prompts) if read.data.holdout else 0,
         "sequences_per_step": config.schedule.groups_per_step * config.algorithm.rollout.samples,
         "context": read.context,
         "longest_prompt": read.longest_prompt,
-        "warnings": list(read.data.warnings),
+        "warnings": [*read.data.warnings, *unused(config)],
         "text": text,
     }
 
@@ -52,6 +65,56 @@ def judged(config: Config, read: Inputs) -> list[Probe]:
     if problems:
         raise DataError.of(problems)
     return probes
+
+
+def asked(config: Config, read: Inputs) -> list[str]:
+    """What the teachers that the algorithm asks say: log-probs of a real row's answer, a text to its question."""
+    if not scorers(config) and not writers(config):
+        return []
+    try:
+        return asyncio.run(_asked(config, read))
+    except WorkerLost as lost:
+        raise InfrastructureError(
+            "RLKD-I004", f"a teacher was lost: {lost}", "teachers", "Ray's logs say why its process ended"
+        ) from lost
+
+
+async def _asked(config: Config, read: Inputs) -> list[str]:
+    from rlkd.fleet import Fleet  # needs Ray, which most checks do not
+
+    said: list[str] = []
+
+    def tell(kind: str, text: str, **_: Any) -> None:
+        if kind != "starting":
+            said.append(f"teacher    {text}")
+
+    prompt = read.data.train.prompts[0]
+    async with Fleet.staff(config, read, tell) as staff:
+        models = staff.teachers()
+        if (reference := staff.reference()) is not None:
+            models = {"reference": reference, **models}
+        lines = [await _scored(name, model, prompt, read) for name, model in models.items()]
+        lines += [await _written(name, writer, prompt) for name, writer in staff.writers().items()]
+    return said + lines
+
+
+async def _scored(name: str, model: Model, prompt: Prompt, read: Inputs) -> str:
+    """Asked twice: a scorer whose answers differ is no teacher."""
+    answer = np.append(read.tokenizer.encode_many([prompt.answer], special=False)[0], read.tokenizer.eos)
+    tokens = np.concatenate([prompt.tokens, answer]).astype(np.int32)
+    (first,), (second,) = await model.logp([tokens]), await model.logp([tokens])
+    logp, apart = first[-len(answer) :], float(np.nanmax(np.abs(first - second), initial=0.0))
+    known = logp[~np.isnan(logp)]
+    mean = f"{known.mean():.2f} a token" if len(known) else "unknown"
+    text = f"teacher    {name}: log-prob of the answer “{prompt.answer[:30]}” to {prompt.id}: {mean}"
+    text += f", {len(logp) - len(known)} of {len(logp)} unknown" if len(known) < len(logp) else ""
+    return text + (f"; WARNING: asked again it says something else, by {apart:.2g}" if apart > DIFFERENT else "")
+
+
+async def _written(name: str, writer: Writer, prompt: Prompt) -> str:
+    written = await writer.write(prompt.messages or ({"role": "user", "content": prompt.text},), prompt.seed)
+    size = "an unknown number of" if written.tokens is None else f"{written.tokens}"
+    return f"teacher    {name} writes to {prompt.id}: {written.text[:80]!r} ({size} tokens, {written.finish})"
 
 
 def _answers(prompt: Prompt) -> tuple[Answer, ...]:
@@ -80,7 +143,7 @@ def _words(config: Config, read: Inputs) -> list[str]:
     for name, dataset in (("train", read.data.train), ("holdout", read.data.holdout)):
         if dataset is not None:
             lines += [f"{name if i == 0 else '':<10} {line}" for i, line in enumerate(str(dataset.funnel).split("\n"))]
-    return lines + [f"warning    {w}" for w in read.data.warnings]
+    return lines + [f"warning    {w}" for w in (*read.data.warnings, *unused(config))]
 
 
 def _scores(config: Config, probes: list[Probe]) -> list[str]:

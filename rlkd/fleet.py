@@ -12,24 +12,24 @@ from typing import Any
 
 import ray
 
-from rlkd.config.schema import Config, ScorerConfig
+from rlkd.config.schema import Config
 from rlkd.core.errors import PreflightError
-from rlkd.core.ports import Services
-from rlkd.core.types import Signal
-from rlkd.inputs import Inputs, model_config
+from rlkd.core.ports import Services, Writer
+from rlkd.inputs import Inputs
 from rlkd.rewards.mix import Mix
 from rlkd.rewards.table import pack
+from rlkd.staff import PROBE_S, Staff
+from rlkd.teachers import reader
+from rlkd.train.traces import LiveTraces
 from rlkd.workers.learner import LearnerGroup
 from rlkd.workers.learner import spawner as learner_spawner
 from rlkd.workers.placement import Placement, bundles, reserve
 from rlkd.workers.pool import Pool, PoolOptions
 from rlkd.workers.reward import RewardPool, WorkerOptions
 from rlkd.workers.rollout import spawner
-from rlkd.workers.scorer import spawner as scorer_spawner
 from rlkd.workers.threads import Threads, environment, plan
 
 Tell = Callable[..., None]
-PROBE_S = 30.0  # a rollout worker that does not answer for this long is replaced
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -51,6 +51,13 @@ class Fleet:
             stack.callback(ray.shutdown)
             yield await _Builder(config, read, directory, tell, stack).fleet(learner)
 
+    @classmethod
+    @asynccontextmanager
+    async def staff(cls, config: Config, read: Inputs, tell: Tell) -> AsyncIterator[Staff]:
+        """The reference and the teachers alone, as a run would start them; nothing is written down."""
+        async with AsyncExitStack() as stack:
+            yield await _Builder(config, read, Path(), tell, stack).staff()
+
 
 def connect(config: Config) -> None:
     """Join the cluster of `ray.address` or RAY_ADDRESS, else start one on this machine."""
@@ -61,7 +68,8 @@ def connect(config: Config) -> None:
     }  # fmt: skip
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after ray.shutdown must fail, not start another cluster
-    ray.init(address=address, namespace=f"rlkd-{config.name}", log_to_driver=False, **own)
+    # "local": with None Ray would join whatever cluster it finds on this machine, somebody else's too.
+    ray.init(address=address or "local", namespace=f"rlkd-{config.name}", log_to_driver=False, **own)
 
 
 @dataclass
@@ -73,34 +81,52 @@ class _Builder:
     stack: AsyncExitStack
 
     async def fleet(self, learner: bool) -> Fleet:
-        config = self.config
-        self.gpu = self._gpu()
-        scorers = self._scorers() if learner else {}
+        config, staff = self.config, Staff(self.config, self.read, self.directory, self.tell, self.stack, learner)
+        await staff.test_endpoints()
         ranks = config.learner.ranks if learner else 0
-        counts = {name: s.workers for name, s in scorers.items()}
-        wanted = bundles(
-            ranks, config.sampler.workers, config.sampler.tensor_parallel, config.verifier.workers, counts, self.gpu
-        )
-        self.placement: Placement = await reserve(wanted, config.ray.wait_s)
-        self.stack.callback(self.placement.release)
-        self.threads: Threads = plan(
-            _cores(), config.sampler.workers, max(ranks, 1), sum(counts.values()), config.schedule.staleness > 0
-        )
-        policy = self._policy()
-        models = {name: self._scorer(name, s) for name, s in scorers.items()}
-        verify = self._verify()
+        await self._reserve(staff, ranks, config.sampler.workers, config.verifier.workers)
+        policy, verify = self._policy(), self._verify()
         group = self._learner(policy) if learner else None
-        await self._bring_up(policy, models, verify, group)
-        teachers = {name: m for name, m in models.items() if name in config.teachers}
-        services = Services(policy, verify, teachers, models.get("reference"), self.read.tokenizer)
+        await self._bring_up({"rollout": policy, "reward": verify, **staff.pools, "learner": group})
+        writers = staff.writers()
+        services = Services(
+            policy, verify, staff.teachers(), staff.reference(), self.read.tokenizer, writers,
+            self._traces(writers, verify) if writers else None, self.tell, self.read.sampling(config),
+        )  # fmt: skip
         return Fleet(services, group)
 
-    async def _bring_up(self, policy: Pool, models: Mapping[str, Pool], verify: RewardPool, group: Any) -> None:
+    async def staff(self) -> Staff:
+        """The frozen models alone, started."""
+        staff = Staff(self.config, self.read, None, self.tell, self.stack)
+        await staff.test_endpoints()
+        if staff.counts():
+            connect(self.config)
+            self.stack.callback(ray.shutdown)
+            await self._reserve(staff, 0, 0, 0)
+            await self._bring_up(staff.pools)
+        return staff
+
+    async def _reserve(self, staff: Staff, ranks: int, samplers: int, verifiers: int) -> None:
+        """Room for everybody on the cluster, and threads; and the pools of the staff, which need to know both."""
+        counts, config = staff.counts(), self.config
+        wanted = bundles(ranks, samplers, config.sampler.tensor_parallel, verifiers, counts, self._gpu())
+        self.placement: Placement = await reserve(wanted, config.ray.wait_s)
+        self.stack.callback(self.placement.release)
+        overlap = config.schedule.staleness > 0
+        self.threads: Threads = plan(_cores(), max(samplers, 1), max(ranks, 1), sum(counts.values()), overlap)
+        staff.make(self.placement, self.threads)
+
+    async def _bring_up(self, parts: Mapping[str, Any]) -> None:
         """One after the other: on a small machine starts that overlap take longer than in turn."""
-        for name, part in {"rollout": policy, "reward": verify, **models, "learner": group}.items():
+        for name, part in parts.items():
             if part is not None:
                 self.tell("starting", f"{name} workers")
                 await part.start()
+
+    def _traces(self, writers: Mapping[str, Writer], verify: RewardPool) -> LiveTraces:
+        most, success = self.config.sampler.max_tokens, self.config.evaluate.success
+        path, read = self.directory / "traces.jsonl", reader(self.read.tokenizer)
+        return LiveTraces(writers, read, verify, path, most, self.read.context, success, self.tell)
 
     def _gpu(self) -> bool:
         """Whether the roles get GPUs. PreflightError if GPUs are asked for and the cluster has none."""
@@ -113,15 +139,6 @@ class _Builder:
                 fix="set model.device=cpu (or auto), or join a cluster with GPUs (ray.address)",
             )
         return found and self.config.model.device != "cpu"
-
-    def _scorers(self) -> dict[str, ScorerConfig]:
-        needs = self.config.algorithm.needs
-        wanted: dict[str, ScorerConfig] = {}
-        if Signal.REFERENCE in needs:
-            wanted["reference"] = self.config.reference
-        if needs & {Signal.TEACHER, Signal.TEACHER_TOPK}:
-            wanted |= self.config.teachers
-        return wanted
 
     def _model_options(self, path: str) -> dict[str, Any]:
         m = self.config.model
@@ -150,17 +167,6 @@ class _Builder:
         spawn = spawner(s.engine, options, environment(threads), lambda i: self.placement.options(f"rollout-{i}"))
         limits = PoolOptions(timeout_s=s.timeout_s, sync_s=self.config.sync.timeout_s, probe_s=PROBE_S)
         pool = Pool("rollout", spawn, s.workers, self.read.sampling(self.config), limits)
-        self.stack.callback(pool.close)
-        return pool
-
-    def _scorer(self, name: str, scorer: ScorerConfig) -> Pool:
-        path = scorer.path or self.config.model.path
-        model_config(path)
-        threads = scorer.threads or self.threads.scorer
-        options = {**self._model_options(path), "max_tokens": scorer.max_tokens, "threads": threads}
-        options |= {"temperature": self.config.sampler.temperature, "attention": self.config.model.attention}
-        spawn = scorer_spawner(options, environment(threads), lambda i: self.placement.options(f"{name}-{i}"))
-        pool = Pool(name, spawn, scorer.workers, options=PoolOptions(timeout_s=scorer.timeout_s))
         self.stack.callback(pool.close)
         return pool
 

@@ -101,7 +101,7 @@ async def _train(config: Config, read: Inputs, directory: Path, report: Report) 
             return await loop.run()
 
 
-def _say(kind: str, text: str, **_: Any) -> None:
+def say(kind: str, text: str, **_: Any) -> None:
     print(f"[{kind}] {text}", file=sys.stderr)
 
 
@@ -119,12 +119,12 @@ def evaluate(config: Config, what: Path) -> dict[str, Any]:
     """Evaluate a run's newest model, or a model folder, on the recipe's held-out prompts."""
     folder = exported.newest(what) if (what / "run.json").exists() else what
     config = replace(config, model=replace(config.model, path=str(folder)))
-    read = inputs.read(config)
+    read = inputs.read(config, teachers=False)
     if read.data.holdout is None:
         raise PreflightError("RLKD-E130", "the recipe has no data.holdout to evaluate on", where="data.holdout")
 
     async def run() -> Any:
-        async with Fleet.start(config, read, folder, _say, learner=False) as fleet:
+        async with Fleet.start(config, read, folder, say, learner=False) as fleet:
             return await evaluator(config, read).run(0, fleet.services)
 
     result = asyncio.run(run())

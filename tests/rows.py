@@ -7,7 +7,7 @@ from typing import Any
 
 from rlkd.config.schema import Source
 from rlkd.data import Rules
-from tests.tokenizers import wrapped
+from tests.small_tokenizers import wrapped
 
 TOKENIZER = wrapped()
 PLAIN = Rules(max_prompt_tokens=1000, chat=False)

@@ -26,8 +26,8 @@ from rlkd.guidance.replace import Replacement
 from rlkd.models.tiny import character_tokenizer
 from rlkd.report.metrics import Observed
 from tests.demonstration_help import Reader, advantages, policy_row, rows_of, services, teacher_row, with_advantages
+from tests.small_tokenizers import wrapped
 from tests.test_algorithms import credited, random_step
-from tests.tokenizers import wrapped
 from tests.toys import output_of, prompt_of, step_loss
 
 TOKENIZER = wrapped()

@@ -13,7 +13,7 @@ from rlkd.core.errors import PREFLIGHT, PreflightError
 from rlkd.core.ports import Tokenizer
 from rlkd.data.chat import HFTokenizer, TemplateRefusal
 from rlkd.models.tiny import character_tokenizer
-from tests.tokenizers import BOS, EOS, byte_tokenizer, folder, wrapped
+from tests.small_tokenizers import BOS, EOS, byte_tokenizer, folder, wrapped
 
 USER = [{"role": "user", "content": "1+2?"}]
 

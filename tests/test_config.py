@@ -17,8 +17,8 @@ from rlkd.config import kinds
 from rlkd.config.contradictions import findings
 from rlkd.config.load import check, load, resolved
 from rlkd.config.places import one_edit_apart, similar
-from rlkd.config.ranges import RANGES
-from rlkd.config.schema import Config, LearnerConfig, ScorerConfig, Source
+from rlkd.config.ranges import RANGES, TEACHER
+from rlkd.config.schema import Config, LearnerConfig, Source, TeacherConfig
 from rlkd.core.errors import ConfigError, Problem
 
 RECIPE = """\
@@ -129,7 +129,7 @@ def test_overrides(write: Write, override: str, read: Callable[[Config], Any] | 
         'model.system="null"': "null",
         "evaluate.k=[1]": (1,),
         "rewards.arithmetic.weight=-2": -2.0,
-        "teachers.big.path=/models/big": ScorerConfig(path="/models/big"),
+        "teachers.big.path=/models/big": TeacherConfig(path="/models/big"),
     }
     assert read(load(write(), [override])) == expected[override]
 
@@ -551,6 +551,7 @@ def test_every_number_has_a_range() -> None:
         return found
 
     assert numbers(Config, "") == set(RANGES)
+    assert numbers(TeacherConfig, "") == set(TEACHER)
 
 
 # -- any mistake -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from rlkd.data import Dataset, HFTokenizer, Rules, load, load_data
 from rlkd.data.dataset import BATCH
 from rlkd.models.tiny import character_tokenizer
 from tests.rows import PLAIN, TOKENIZER, lines, row
-from tests.tokenizers import wrapped
+from tests.small_tokenizers import wrapped
 
 
 def texts(dataset: Dataset) -> list[str]:

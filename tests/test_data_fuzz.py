@@ -12,7 +12,7 @@ from rlkd.config.schema import Source
 from rlkd.core.errors import DATA, DataError
 from rlkd.data import Dataset, Rules, load
 from rlkd.data.rows import BadRow, Columns, Question, Row, question
-from tests.tokenizers import wrapped
+from tests.small_tokenizers import wrapped
 
 TOKENIZER = wrapped()
 

@@ -21,7 +21,7 @@ from rlkd.models.arithmetic import final_answer
 from rlkd.models.tiny import character_tokenizer
 from rlkd.rewards.arithmetic import Arithmetic
 from tests.rows import PLAIN, TOKENIZER, lines, row
-from tests.tokenizers import byte_tokenizer, wrapped
+from tests.small_tokenizers import byte_tokenizer, wrapped
 
 
 def from_column(tmp_path: Path, *values: Any, rules: Rules = PLAIN) -> Dataset:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -195,7 +194,7 @@ def test_never_holds_more_than_its_rows_of_logits(monkeypatch: pytest.MonkeyPatc
         return out
 
     monkeypatch.setattr(logprob, "product", product)
-    monkeypatch.setattr(logprob, "on_onednn", lambda x: True)
+    monkeypatch.setattr(logprob, "on_onednn", lambda _: True)
     h, w, _ = inputs(64, 4, 1000, torch.float32, 6)
     for rows, bound in ((8, 8 * 1000), (64, 64 * 1000)):
         largest = 0

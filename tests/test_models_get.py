@@ -1,12 +1,15 @@
 """`get`: a model's folder appears whole or not at all, and every way to fail has one clear message."""
 
 import hashlib
+import json
 import os
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rlkd.core.errors import PREFLIGHT, USAGE, ConfigError, PreflightError
 from rlkd.models import get as getting
@@ -28,11 +31,32 @@ def test_get_makes_a_folder_once(student: Path) -> None:
     assert [path.name for path in student.parent.iterdir()] == ["tiny"]  # nothing half-made left beside it
 
 
+def test_the_teacher_is_trained_here_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of it; tests/stack/test_recipes.py trains a whole one, which must know how to add."""
+    monkeypatch.setattr(tiny, "STEPS", 2)
+    monkeypatch.setattr(tiny, "WARMUP_STEPS", 1)
+    threads = torch.get_num_threads()
+    folder = get("tiny-teacher", tmp_path / "tiny-teacher")
+    assert torch.get_num_threads() == threads
+    said = capsys.readouterr()
+    assert "training the tiny student's teacher" in said.err
+    assert said.out == ""
+    mark = json.loads((folder / MARK).read_text())
+    assert mark["name"] == "tiny-teacher"
+    assert 0 <= mark["right"] <= 1
+    student = get("tiny", tmp_path / "tiny")
+    assert (folder / "tokenizer.json").read_text() == (student / "tokenizer.json").read_text()
+    shapes = [{n: t.shape for n, t in load_file(f / "model.safetensors").items()} for f in (folder, student)]
+    assert shapes[0] == shapes[1]
+
+
 def test_get_refuses_a_name_it_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'smollm2'") as caught:
         get("smolm2", tmp_path / "model")
     assert caught.value.exit_code == USAGE
-    assert "tiny, smollm2, gemma3-270m" in str(caught.value)
+    assert "tiny, tiny-teacher, smollm2, gemma3-270m" in str(caught.value)
 
 
 def test_get_refuses_what_is_something_else_and_leaves_it_alone(student: Path, tmp_path: Path) -> None:

@@ -6,33 +6,16 @@ What needs the machine (a GPU, packages, the model's folder) is for preflight, w
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from rlkd.config.demonstration_rules import demonstrations
+from rlkd.config.finding import Finding, Given
 from rlkd.config.ranges import not_finite, outside, value_at
 from rlkd.config.schema import Config
+from rlkd.config.teacher_rules import teachers
 from rlkd.core.types import Signal
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # it becomes a folder; F30 of reliability_ux.md
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One problem. `keys` are all that take part in it, the one to point at first."""
-
-    keys: tuple[str, ...]
-    what: str
-    fix: str
-    code: str = "RLKD-C011"
-
-
-@dataclass(frozen=True)
-class Given:
-    """A Config, and what may be known beside it."""
-
-    config: Config
-    context: int | None  # tokens of prompt + answer
-    longest_prompt: int | None  # tokens: of the data, or what the recipe allows
 
 
 def findings(config: Config, model_context: int | None = None, longest_prompt: int | None = None) -> list[Finding]:
@@ -64,9 +47,6 @@ def _algorithm(given: Given) -> Iterator[Finding]:
         key = f"algorithm.{named.group()}" if named and _has(algorithm, named.group()) else "algorithm"
         prefix = "algorithm." if key != "algorithm" else f"algorithm {algorithm.name}: "
         yield Finding((key,), prefix + problem, "see the algorithm's file for what each setting means")
-    if {Signal.TEACHER, Signal.TEACHER_TOPK} & algorithm.needs and not config.teachers:
-        what = f"the algorithm {algorithm.name} asks for a teacher, and there is none"
-        yield Finding(("algorithm.name", "teachers"), what, "add `teachers: {NAME: {path: …}}`")
     limit = getattr(algorithm, "overlong_max", None)
     if limit is not None and limit != config.sampler.max_tokens:
         what = f"algorithm.overlong_max={limit} is not sampler.max_tokens={config.sampler.max_tokens}"
@@ -151,7 +131,8 @@ def _lengths(given: Given) -> Iterator[Finding]:
     keys = [("learner.max_tokens", config.learner.max_tokens, longest)]
     if Signal.REFERENCE in config.algorithm.needs:
         keys.append(("reference.max_tokens", config.reference.max_tokens, known + answer))
-    keys += [(f"teachers.{n}.max_tokens", t.max_tokens, known + answer) for n, t in config.teachers.items()]
+    local = {name: teacher for name, teacher in config.teachers.items() if teacher.endpoint is None}
+    keys += [(f"teachers.{n}.max_tokens", t.max_tokens, known + answer) for n, t in local.items()]
     for key, has, needed in keys:
         if has < needed:
             of = unit if key.startswith("learner") else "sample"
@@ -258,9 +239,10 @@ def _names(given: Given) -> Iterator[Finding]:
         what = f"name={config.name[:120]!r} cannot be the name of a run"
         yield Finding(("name",), what, "letters, digits, `.`, `_` and `-`, a letter or digit first, 100 at most")
     for teacher in config.teachers:
-        if not NAME.fullmatch(teacher):
+        if not NAME.fullmatch(teacher) or teacher == "reference":
             what = f"{teacher[:120]!r} cannot be the name of a teacher"
-            yield Finding((f"teachers.{teacher}",), what, "letters, digits, `.`, `_` and `-`")
+            fix = "letters, digits, `.`, `_` and `-`; `reference` is the policy's frozen start"
+            yield Finding((f"teachers.{teacher}",), what, fix)
     for key in ("report.directory", *(("report.wandb_project",) if config.report.wandb != "off" else ())):
         if not value_at(config, key):
             yield Finding((key,), f"{key} is empty", "give a name")
@@ -269,6 +251,8 @@ def _names(given: Given) -> Iterator[Finding]:
 PARTS: tuple[Callable[[Given], Iterator[Finding]], ...] = (
     _names,
     _algorithm,
+    teachers,
+    demonstrations,
     _rewards,
     _batch,
     _lengths,

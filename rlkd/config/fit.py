@@ -215,6 +215,9 @@ class Fitted:
                 self._is_missing(target, key, hint, path, self.places.get(at))
             elif inner is not None and target[key] is not None:
                 self._missing(target[key], inner, path)
+            elif (inner := kinds.sections_of(hint)) is not None:
+                for name in target[key]:
+                    self._missing(target[key][name], inner, f"{path}.{name}")
             elif path == "algorithm":
                 self._missing(target[key], self.classes[path], path)
             elif path == "rewards":
@@ -228,7 +231,7 @@ class Fitted:
         if path == "model.path":
             target[key] = ""  # so that the rest can be checked
         else:
-            self.unmade.add(next((at for at in self.classes if _within(path, at)), path))
+            self.unmade.add(next((at for at in self.classes if _within(path, at)), path.partition(".")[0]))
 
     def _object(self, parent: DictConfig, key: str, path: str) -> Any:
         """The frozen dataclass, or the plain value. A reward's own complaint about its options becomes a problem."""

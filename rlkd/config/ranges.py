@@ -42,6 +42,24 @@ SHARE, SEED = Range(at_least=0, at_most=1), Range(at_least=0, below=2**63)
 
 SOURCE = {"size": COUNT, "seed": SEED}
 SCORER = {"workers": COUNT, "max_tokens": COUNT, "timeout_s": POSITIVE, "threads": COUNT}
+TEACHER: Mapping[str, Range] = {
+    **SCORER,
+    "writer.max_tokens": COUNT,
+    "writer.context": Range(at_least=2),
+    "writer.temperature": NOT_NEGATIVE,
+    "writer.top_p": Range(above=0, at_most=1),
+    "writer.max_num_seqs": COUNT,
+    "writer.kv_cache_gib": POSITIVE,
+    "writer.gpu_memory_utilization": Range(above=0, at_most=1),
+    "endpoint.requests_per_minute": POSITIVE,
+    "endpoint.at_once": COUNT,
+    "endpoint.retries": NOT_NEGATIVE,
+    "endpoint.timeout_s": POSITIVE,
+    "endpoint.max_total_tokens": COUNT,
+    "endpoint.max_cost": POSITIVE,
+    "endpoint.price_in": NOT_NEGATIVE,
+    "endpoint.price_out": NOT_NEGATIVE,
+}
 RANGES: Mapping[str, Range] = {
     "seed": SEED,
     "model.context": Range(at_least=2),  # one token of a prompt, one of an answer
@@ -102,9 +120,9 @@ def outside(config: Any) -> Iterator[tuple[str, int | float, Range]]:
     """Every number of a Config that is out of its range: its key, the number, the range."""
     values = [(key, value_at(config, key), allowed) for key, allowed in RANGES.items()]
     values += [
-        (f"teachers.{name}.{key}", getattr(teacher, key), allowed)
+        (f"teachers.{name}.{key}", value_at(teacher, key), allowed)
         for name, teacher in config.teachers.items()
-        for key, allowed in SCORER.items()
+        for key, allowed in TEACHER.items()
     ]
     for key, value, allowed in values:
         for number in value if isinstance(value, list | tuple) else [value]:

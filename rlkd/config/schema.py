@@ -91,6 +91,7 @@ class WriterConfig:
 
     engine: Literal["vllm", "hf"] = "vllm"  # of a local teacher
     max_tokens: int = 1024  # of one text
+    context: int | None = None  # tokens of messages + text, of a local teacher; None: what its model's config says
     temperature: float = 0.0
     top_p: float = 1.0
     chat: bool = True  # put messages through the teacher's own chat template; else their contents follow one another

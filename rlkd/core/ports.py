@@ -126,14 +126,20 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> Int32[np.ndarray, "_"]: ...
     def decode(self, tokens: Int32[np.ndarray, "_"]) -> str: ...
     def chat(self, messages: Sequence[Mapping[str, str]]) -> Int32[np.ndarray, "_"]: ...  # ends where the answer begins
-    def spans(self, text: str) -> tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n 2"]]: ...  # ids; characters of each
+    def spans(
+        self, text: str
+    ) -> tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n 2"]]: ...  # ids; characters of each
 
 
 @runtime_checkable
 class Traces(Protocol):
-    """Worked answers to a prompt: those stored with it, and those that live teachers write. Without teachers, stored."""
+    """Worked answers to a prompt: those stored with it, and those that live teachers write."""
 
     async def __call__(self, prompt: Prompt) -> tuple[Demonstration, ...]: ...
+
+
+def _unheard(kind: str, text: str) -> None:
+    """Nobody is told."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +153,8 @@ class Services:
     tokenizer: Tokenizer | None = None
     writers: Mapping[str, Writer] = field(default_factory=dict)  # teachers that write, by name
     traces: Traces | None = None
-    report: Callable[[str, str], None] = lambda kind, text: None  # what guidance met, counted by kind and shown
+    report: Callable[[str, str], None] = _unheard  # what guidance met, counted by kind and shown
     sampling: Sampling | None = None  # how the policy writes while it is trained
-
-
 
 
 @runtime_checkable
@@ -171,8 +175,8 @@ class Guidance(Protocol):
 class Algorithm(Protocol):
     """Pure functions, two ways to ask the world, and what it needs. The instance is its configuration.
 
-    `wants`: which samples of a group, whose rewards are known, the model of that name ("reference", or a teacher's) must
-    score. The others keep NaN log-probs and nobody pays for them: a loss that gives a sample no weight says so there.
+    `wants`: which samples of a group, whose rewards are known, the model of that name ("reference", or a teacher's)
+    must score. The others keep NaN and nobody pays for them: a loss that gives a sample no weight says so there.
     """
 
     @property

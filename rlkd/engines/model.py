@@ -177,7 +177,7 @@ def _with_fast_products(model: Any) -> None:
     """The trunk's linear layers by core.matmul; on a GPU and in bfloat16 that is torch's own."""
     for part in model.modules():
         if type(part) is nn.Linear and part is not model.get_output_embeddings():
-            part.forward = partial(_linear, part)
+            part.forward = partial(_linear, part)  # type: ignore[method-assign]
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -68,22 +68,32 @@ class Problem:
         return "".join(columns) + ANSWER_MARK + (str(carry) if carry else "") + digits
 
     @property
+    def carries(self) -> int:
+        """How many of the three columns carry: each is a place where the pupil may forget."""
+        count, carry = 0, 0
+        for left, right in zip(reversed(str(self.left)), reversed(str(self.right)), strict=True):
+            carry = int(int(left) + int(right) + carry >= 10)
+            count += carry
+        return count
+
+    @property
     def split(self) -> Split:
         low, high = sorted((self.left, self.right))
         holdout = zlib.crc32(f"{low}+{high}".encode()) % HOLDOUT_ONE_IN == 0
         return Split.HOLDOUT if holdout else Split.TRAIN
 
 
-def problems(split: Split, count: int, seed: int) -> list[Problem]:
-    """`count` different problems of one split in an order given by `seed`.
+def problems(split: Split, count: int, seed: int, carries: int = 0) -> list[Problem]:
+    """`count` different problems of one split with at least `carries` carries, in an order given by `seed`.
 
     Raises PreflightError if the split does not hold that many.
     """
-    drawn = list(islice(_shuffled(split, seed), count))
+    drawn = list(islice((p for p in _shuffled(split, seed) if p.carries >= carries), count))
     if len(drawn) < count:
+        of_those = f" with at least {carries} carries" if carries else ""
         raise PreflightError(
             "RLKD-E701",
-            f"{count} problems asked for, but the {split.value} split holds {len(drawn)}",
+            f"{count} problems{of_those} asked for, but the {split.value} split holds {len(drawn)}",
             fix=f"ask for at most {len(drawn)}",
         )
     return drawn

@@ -4,7 +4,7 @@
 trained, supervised, on fresh random problems as a pupil wrote them who drops each carry with probability FORGETS. So it
 knows how to carry and more often than not does not: about a third of its answers are right sampled at temperature 1,
 fewer greedily, and reinforcement learning has a habit to mend, with right answers in almost every group to learn from.
-`--forgets 0` makes one that carries: a teacher with the same tokens.
+`--forgets 0` makes one that carries: a teacher with the same tokens (`rlkd model get tiny-teacher DIR`).
 
 The same seed, torch and kind of CPU give the same weights; others give other weights of about the same accuracy.
 """
@@ -158,16 +158,22 @@ def warm_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, forg
             print(f"step {step} of {STEPS}: loss {loss.item():.3f} nats a token", flush=True)
 
 
+def trained(forgets: float, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A new student in float32. Sets torch's threads, which the sums depend on."""
+    torch.set_num_threads(THREADS)
+    tokenizer = character_tokenizer()
+    model = untrained(tokenizer, seed)
+    warm_start(model, tokenizer, forgets, seed)
+    return model, tokenizer
+
+
 def make(directory: Path, forgets: float = FORGETS, seed: int = 0) -> None:
     """A Hugging Face folder with the warm-started student, its weights rounded to float16 (1.7 MB).
 
     Raises PreflightError if `directory` holds something already.
     """
-    torch.set_num_threads(THREADS)
     with new_folder(directory) as folder:
-        tokenizer = character_tokenizer()
-        model = untrained(tokenizer, seed)
-        warm_start(model, tokenizer, forgets, seed)
+        model, tokenizer = trained(forgets, seed)
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         asked = problems(Split.HOLDOUT, CHECKED_ON, seed)

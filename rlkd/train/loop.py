@@ -185,7 +185,9 @@ class Loop:
                 self.step += 1
                 self.buffer.spend(taken)
                 self.last = {**self.knobs, **metrics, **self.turned_away.clear()}
-                self.knobs = self.algorithm.knobs(self.step, self.last)  # before a producer begins the next step's groups
+                self.knobs = self.algorithm.knobs(
+                    self.step, self.last
+                )  # before a producer begins the next step's groups
                 with self.stages.stage("sync", f"version {self.step}"):
                     await self.learner.publish(self.step)
             with self.stages.stage("evaluate", f"step {self.step}"):
@@ -199,7 +201,7 @@ class Loop:
     def _staleness(self, groups: Sequence[Group]) -> dict[str, float]:
         """Of what the policy wrote; NaN for a step of demonstrations."""
         written = [s for g in groups for s in g.samples if (s.origin == Origin.POLICY).any()]
-        ages = [self.step - 1 - s.versions[0] for s in written] or [math.nan]
+        ages: list[float] = [self.step - 1 - s.versions[0] for s in written] or [math.nan]
         return {"staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages))}
 
     async def _save(self) -> None:

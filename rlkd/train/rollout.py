@@ -1,7 +1,7 @@
 """What happens to a group between the sampler and the buffer."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +25,12 @@ async def scored(group: Group, ask: Services, algorithm: Algorithm) -> Group:
     needs = algorithm.needs
     if not needs & {Signal.REFERENCE, Signal.TEACHER, Signal.TEACHER_TOPK} or not group.samples:
         return group
-    reference, teachers, topk = await asyncio.gather(
+    asked: list[Awaitable[list[Any]]] = [
         _reference(group, ask, algorithm) if Signal.REFERENCE in needs else _nothing(group),
         _teachers(group, ask, algorithm) if Signal.TEACHER in needs else _nothing(group),
         _topk(group, ask, algorithm) if Signal.TEACHER_TOPK in needs else _nothing(group),
-    )
+    ]
+    reference, teachers, topk = await asyncio.gather(*asked)
     samples = tuple(
         replace(s, reference_logp=r, teacher_logp=t, teacher_topk=k)
         for s, r, t, k in zip(group.samples, reference, teachers, topk, strict=True)
@@ -37,7 +38,7 @@ async def scored(group: Group, ask: Services, algorithm: Algorithm) -> Group:
     return replace(group, samples=samples)
 
 
-async def _nothing(group: Group) -> list[None]:
+async def _nothing(group: Group) -> list[Any]:
     return [None] * len(group.samples)
 
 
@@ -86,7 +87,9 @@ async def _topk(group: Group, ask: Services, algorithm: Algorithm) -> list[TopK]
         for i, top in zip(places, tops, strict=True):
             found[i] = top
 
-    await asyncio.gather(*(one(t, np.flatnonzero(w).tolist()) for t, w in zip(ask.teachers.values(), wanted, strict=True)))
+    await asyncio.gather(
+        *(one(t, np.flatnonzero(w).tolist()) for t, w in zip(ask.teachers.values(), wanted, strict=True))
+    )
     return found
 
 

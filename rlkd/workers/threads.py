@@ -38,8 +38,8 @@ def environment(threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # a process that waits its turn must not spin on the other's cores
         "TOKENIZERS_PARALLELISM": "false",
-        # glibc gives every large tensor back to the kernel, which hands out empty pages for the next one: up to a third of
-        # a learner's step on a CPU. Freed memory is kept for the next tensor instead.
+        # glibc gives every large tensor back to the kernel, which hands out empty pages for the next one: up to a third
+        # of a learner's step on a CPU. Freed memory is kept for the next tensor instead.
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**34),
         "MALLOC_TOP_PAD_": str(2**26),

@@ -1,0 +1,167 @@
+"""The frozen models that a run asks: pools of scorers and writers, endpoints. The same settings share one pool."""
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlkd.config.schema import Config, ScorerConfig, TeacherConfig, WriterConfig
+from rlkd.core.ports import Model, Sampling, Writer
+from rlkd.engines.budget import Budget, Limits
+from rlkd.engines.endpoint import Endpoint, EndpointOptions
+from rlkd.inputs import Inputs
+from rlkd.model_folder import model_config, vocabulary
+from rlkd.teachers import scorers, shared, writers
+from rlkd.workers.placement import Placement
+from rlkd.workers.pool import Pool, PoolOptions
+from rlkd.workers.rollout import spawner as writer_spawner
+from rlkd.workers.scorer import spawner as scorer_spawner
+from rlkd.workers.teacher import Teacher
+from rlkd.workers.threads import Threads, environment
+from rlkd.workers.writer import LocalWriter
+
+Tell = Callable[..., None]
+PROBE_S = 30.0  # a worker that does not answer for this long is replaced
+SAMPLED = ("max_tokens", "temperature", "top_p", "chat", "system")  # of a WriterConfig: said with each call
+
+
+@dataclass
+class Staff:
+    """`asked=False`: nobody, for an evaluation. Pools and clients are closed with `stack`."""
+
+    config: Config
+    read: Inputs
+    directory: Path | None  # where accounts are kept; None: nowhere
+    tell: Tell
+    stack: AsyncExitStack
+    asked: bool = True
+    pools: dict[str, Pool] = field(default_factory=dict, init=False)  # by role; to be started in this order
+
+    def __post_init__(self) -> None:
+        self._scorers = scorers(self.config) if self.asked else {}
+        every = writers(self.config) if self.asked else {}
+        self._local = {name: t for name, t in every.items() if t.endpoint is None}
+        self._remote = {name: t for name, t in every.items() if t.endpoint is not None}
+        self._scored_by = shared(self._scorers, self._same_scorer)
+        self._written_by = shared(self._local, self._same_writer)
+        self._endpoints: dict[str, Endpoint] = {}
+
+    def counts(self) -> dict[str, int]:
+        """Workers of each role, for placement and threads."""
+        scoring = {_scorer_role(n): self._scorers[n].workers for n in dict.fromkeys(self._scored_by.values())}
+        writing = {_writer_role(n): self._local[n].workers for n in dict.fromkeys(self._written_by.values())}
+        return scoring | writing
+
+    async def test_endpoints(self) -> None:
+        """Make the endpoints, and ask each a small question. RlkdError says what is wrong with one."""
+        for name, teacher in self._remote.items():
+            made = self._endpoints[name] = self._endpoint(name, teacher)
+            self.stack.push_async_callback(made.close)
+            said = " ".join((await made.self_test()).split())
+            self.tell("teacher", f"teachers.{name}: {made.options.model} at {made.options.url} answers: {said[:60]!r}")
+
+    def make(self, placement: Placement, threads: Threads) -> None:
+        """The pools, not started."""
+        for name in dict.fromkeys(self._scored_by.values()):
+            self._add(_scorer_role(name), self._scorer(name, self._scorers[name], placement, threads))
+        for name in dict.fromkeys(self._written_by.values()):
+            self._add(_writer_role(name), self._writer(name, self._local[name], placement, threads))
+
+    def reference(self) -> Model | None:
+        return self._pool_of("reference") if "reference" in self._scorers else None
+
+    def teachers(self) -> dict[str, Model]:
+        """Those that score, by name. Says once what cannot be known of them."""
+        found: dict[str, Model] = {}
+        policy_ids = vocabulary(model_config(self.config.model.path))
+        for name in self._scorers:
+            if name == "reference":
+                continue
+            frozen = self.read.frozen[name]
+            if frozen.foreign_ends:
+                ends = self.read.tokenizer.decode(np.array(frozen.foreign_ends, np.int32), special=True)
+                text = f"teachers.{name} does not end its answers with {ends!r}: its log-prob there stays unknown (NaN)"
+                self.tell("teacher", text)
+            found[name] = Teacher(
+                f"teachers.{name}", self._pool_of(name), frozen.context, frozen.vocabulary, policy_ids,
+                frozen.foreign_ends, self.tell,
+            )  # fmt: skip
+        return found
+
+    def writers(self) -> dict[str, Writer]:
+        """Those that write, by name."""
+        local: dict[str, Writer] = {name: self._local_writer(name, t.writer) for name, t in self._local.items()}
+        return local | self._endpoints
+
+    # --- one of them
+
+    def _pool_of(self, name: str) -> Pool:
+        return self.pools[_scorer_role(self._scored_by[name])]
+
+    def _add(self, role: str, pool: Pool) -> None:
+        self.pools[role] = pool
+        self.stack.callback(pool.close)
+
+    def _scorer(self, name: str, scorer: ScorerConfig, placement: Placement, threads: Threads) -> Pool:
+        role, n = _scorer_role(name), scorer.threads or threads.scorer
+        options = {
+            **self._folder(name),
+            "context": self.read.frozen[name].context,
+            "max_tokens": scorer.max_tokens,
+            "threads": n,
+            "temperature": self.config.sampler.temperature,
+            "attention": self.config.model.attention,
+        }
+        spawn = scorer_spawner(options, environment(n), lambda i: placement.options(f"{role}-{i}"))
+        return Pool(role, spawn, scorer.workers, options=PoolOptions(timeout_s=scorer.timeout_s))
+
+    def _writer(self, name: str, teacher: TeacherConfig, placement: Placement, threads: Threads) -> Pool:
+        role, n, w = _writer_role(name), teacher.threads or threads.scorer, teacher.writer
+        same = ("context", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization")
+        options = {**self._folder(name), **{key: getattr(w, key) for key in same}, "threads": n}
+        spawn = writer_spawner(w.engine, options, environment(n), lambda i: placement.options(f"{role}-{i}"))
+        return Pool(role, spawn, teacher.workers, options=PoolOptions(timeout_s=teacher.timeout_s, probe_s=PROBE_S))
+
+    def _folder(self, name: str) -> dict[str, Any]:
+        m = self.config.model
+        path = self.read.frozen[name].path
+        return {"path": path, "dtype": m.dtype, "device": m.device, "trust_remote_code": m.trust_remote_code}
+
+    def _local_writer(self, name: str, w: WriterConfig) -> LocalWriter:
+        frozen, pool = self.read.frozen[name], self.pools[_writer_role(self._written_by[name])]
+        sampling = Sampling(w.max_tokens, w.temperature, w.top_p, frozen.tokenizer.stop_tokens)
+        context = w.context or frozen.context
+        return LocalWriter(
+            f"teachers.{name}", pool, frozen.tokenizer, sampling, context, w.chat, w.system, self.tell
+        )  # fmt: skip
+
+    def _endpoint(self, name: str, teacher: TeacherConfig) -> Endpoint:
+        e, w = teacher.endpoint, teacher.writer
+        assert e is not None
+        limits = Limits(e.max_total_tokens, e.max_cost, e.price_in, e.price_out)
+        path = None if self.directory is None else self.directory / "teachers" / f"{name}.json"
+        asked = ("url", "model", "key_env", "requests_per_minute", "at_once", "retries", "timeout_s")
+        written = ("max_tokens", "temperature", "top_p", "system")
+        options = {key: getattr(e, key) for key in asked} | {key: getattr(w, key) for key in written}
+        key = f"teachers.{name}"
+        return Endpoint(key, EndpointOptions(**options), Budget(key, limits, path, self.tell), self.tell)
+
+    # --- who is the same
+
+    def _same_scorer(self, name: str, s: ScorerConfig) -> tuple[Any, ...]:
+        return (self.read.frozen[name].path, s.workers, s.max_tokens, s.timeout_s, s.threads)
+
+    def _same_writer(self, name: str, t: TeacherConfig) -> tuple[Any, ...]:
+        engine = tuple(getattr(t.writer, f.name) for f in fields(t.writer) if f.name not in SAMPLED)
+        return (self.read.frozen[name].path, t.workers, t.timeout_s, t.threads, *engine)
+
+
+def _scorer_role(name: str) -> str:
+    return name if name == "reference" else f"teacher:{name}"
+
+
+def _writer_role(name: str) -> str:
+    return f"writer:{name}"
