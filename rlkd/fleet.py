@@ -109,7 +109,8 @@ class _Builder:
     async def _reserve(self, staff: Staff, ranks: int, samplers: int, verifiers: int) -> None:
         """Room for everybody on the cluster, and threads; and the pools of the staff, which need to know both."""
         counts, config = staff.counts(), self.config
-        wanted = bundles(ranks, samplers, config.sampler.tensor_parallel, verifiers, counts, self._gpu())
+        tensors, share = config.sampler.tensor_parallel, config.ray.share_gpus
+        wanted = bundles(ranks, samplers, tensors, verifiers, counts, self._gpu(), share)
         self.placement: Placement = await reserve(wanted, config.ray.wait_s)
         self.stack.callback(self.placement.release)
         overlap = config.schedule.staleness > 0

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,8 @@ from rlkd.core.errors import (
     WorkerLost,
 )
 from rlkd.core.ports import Sampling
-from rlkd.curriculum import Uniform
+from rlkd.core.types import Prompt
+from rlkd.curriculum import Band, Difficulty, Uniform
 from rlkd.fleet import Fleet
 from rlkd.inputs import Inputs
 from rlkd.report.files import plain, replace_file
@@ -87,7 +88,7 @@ async def _train(config: Config, read: Inputs, directory: Path, report: Report) 
         loop = Loop(
             config.schedule,
             config.algorithm,
-            Uniform(prompts, read.data.train.fingerprint, config.seed),
+            curriculum(config, prompts, read.data.train.fingerprint),
             {p.id: p for p in prompts},
             fleet.services,
             fleet.learner,
@@ -99,6 +100,16 @@ async def _train(config: Config, read: Inputs, directory: Path, report: Report) 
         )
         with stop_signals(loop.stop, report.say):
             return await loop.run()
+
+
+def curriculum(config: Config, prompts: Sequence[Prompt], fingerprint: str) -> Uniform:
+    """Which prompt comes next, as the recipe wants it."""
+    c = config.curriculum
+    if c.name == "uniform":
+        return Uniform(prompts, fingerprint, config.seed)
+    return Difficulty(
+        prompts, fingerprint, config.seed, Band(c.low, c.high, config.evaluate.success, c.recent, c.again)
+    )
 
 
 def say(kind: str, text: str, **_: Any) -> None:

@@ -468,6 +468,13 @@ def test_resolved_is_a_recipe_of_the_same_config(write: Write) -> None:
         (["learner.lr=0"], "learner.lr", "above 0"),
         (["learner.lr=.inf"], "learner.lr", "above 0"),
         (["learner.betas=[0.9, 1]"], "learner.betas", "learner.betas=1.0: must be at least 0 and below 1"),
+        (
+            ["curriculum.name=difficulty", "curriculum.low=0.9", "curriculum.high=0.1"],
+            "curriculum.low",
+            "every prompt would be outside",
+        ),
+        (["curriculum.low=0.2"], "curriculum.low", "is of the curriculum difficulty"),
+        (["curriculum.high=2"], "curriculum.high", "at most 1"),
         (["sync.path=/shared"], "sync.path", "used by sync.kind=disk only"),
         (["data.train.kind=jsonl"], "data.train.kind", "data.train.path is missing for kind jsonl"),
         (["data.train.size=null"], "data.train.size", "needs to know how many prompts"),
@@ -509,6 +516,7 @@ def test_a_contradiction_is_refused_with_what_would_fit(
         ["learner.max_tokens=356", "data.max_prompt_tokens=100", "model.context=356"],
         ["sampler.top_p=1", "evaluate.top_p=0.5"],
         ["sync.kind=disk", "sync.path=/shared"],
+        ["curriculum.name=difficulty", "curriculum.low=0.1", "curriculum.high=0.1"],
     ],
 )
 def test_what_fits_is_not_refused(write: Write, overrides: list[str]) -> None:

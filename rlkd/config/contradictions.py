@@ -6,12 +6,13 @@ What needs the machine (a GPU, packages, the model's folder) is for preflight, w
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 from rlkd.config.demonstration_rules import demonstrations
 from rlkd.config.finding import Finding, Given
 from rlkd.config.ranges import not_finite, outside, value_at
-from rlkd.config.schema import Config
+from rlkd.config.schema import Config, CurriculumConfig
 from rlkd.config.teacher_rules import teachers
 from rlkd.core.types import Signal
 
@@ -248,6 +249,17 @@ def _names(given: Given) -> Iterator[Finding]:
             yield Finding((key,), f"{key} is empty", "give a name")
 
 
+def _curriculum(given: Given) -> Iterator[Finding]:
+    c, default = given.config.curriculum, CurriculumConfig()
+    if c.low > c.high:
+        what = f"curriculum.low={c.low} is above curriculum.high={c.high}: every prompt would be outside"
+        yield Finding(("curriculum.low", "curriculum.high"), what, "for example curriculum.low=0.05")
+    if c.name == "uniform" and c != default:
+        changed = [f.name for f in fields(c) if getattr(c, f.name) != getattr(default, f.name)]
+        what = f"curriculum.{changed[0]} is of the curriculum difficulty, and curriculum.name=uniform"
+        yield Finding((f"curriculum.{changed[0]}",), what, "curriculum.name=difficulty, or leave it out")
+
+
 PARTS: tuple[Callable[[Given], Iterator[Finding]], ...] = (
     _names,
     _algorithm,
@@ -255,6 +267,7 @@ PARTS: tuple[Callable[[Given], Iterator[Finding]], ...] = (
     demonstrations,
     _rewards,
     _batch,
+    _curriculum,
     _lengths,
     _sampler,
     _learner,

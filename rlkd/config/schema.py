@@ -54,6 +54,17 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class CurriculumConfig:
+    """Which prompt comes next: every one once an epoch, or those that are neither too easy nor too hard."""
+
+    name: Literal["uniform", "difficulty"] = "uniform"
+    low: float = 0.05  # difficulty: a prompt that passes less often is too hard for now
+    high: float = 0.95  # difficulty: a prompt that passes more often is too easy
+    recent: float = 0.5  # difficulty: weight of the newest group in a prompt's running pass rate
+    again: int = 4  # difficulty: a prompt outside is tried again this many epochs after its last try
+
+
+@dataclass(frozen=True)
 class SamplerConfig:
     """The rollout workers: how the policy is sampled."""
 
@@ -203,6 +214,7 @@ class RayConfig:
     address: str | None = None  # None: a cluster in this machine, or the one RAY_ADDRESS names
     object_store_gib: float = 0.5  # of a cluster started here
     wait_s: float = 10.0  # for resources, then an error says what is missing
+    share_gpus: bool = False  # sampler, learner and scorers on the same GPUs; see sampler.gpu_memory_utilization
 
 
 @dataclass(frozen=True)
@@ -214,6 +226,7 @@ class Config:
     data: DataConfig
     rewards: dict[str, Any]
     schedule: Schedule
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     reference: ScorerConfig = field(default_factory=ScorerConfig)

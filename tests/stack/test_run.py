@@ -78,7 +78,8 @@ def test_train_export_eval(tmp_path: Path, tiny: Path) -> None:
 
 def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path, tiny: Path) -> None:
     path = recipe(tmp_path, tiny, schedule={"steps": 200, "groups_per_step": 4}, sampler={
-        "max_tokens": 40, "engine": "hf"}, evaluate={"at_start": False, "at_end": False})  # fmt: skip
+        "max_tokens": 40, "engine": "hf"}, evaluate={"at_start": False, "at_end": False},
+        curriculum={"name": "difficulty", "low": 0.0, "high": 1.0})  # fmt: skip
     process = subprocess.Popen([sys.executable, "-m", "rlkd", "train", str(path)], cwd=tmp_path,
                                stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
     metrics = tmp_path / "runs" / "t" / "metrics.jsonl"
