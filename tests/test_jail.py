@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -366,16 +366,24 @@ HOSTILE_MATH = [
 
 @pytest.mark.parametrize("text", HOSTILE_MATH, ids=lambda t: t[:24])
 def test_mathematics_that_explodes_is_wrong_or_out_of_time_and_its_siblings_are_right(
-    text: str, mathematics: Jail
+    text: str, mathematics: Mapping[float, Jail]
 ) -> None:
-    verdicts = mathematics.score(PROMPT, answers(r"\boxed{42}", text, "so the answer is 42.", r"\boxed{x+1}"))
-    assert [v.scores.get("math") for v in (verdicts[0], verdicts[2], verdicts[3])] == [1.0, 1.0, 0.0]
+    """On a machine so busy that the siblings need more than half a second, they get more."""
+    for jail in mathematics.values():
+        verdicts = jail.score(PROMPT, answers(r"\boxed{42}", text, "so the answer is 42.", r"\boxed{x+1}"))
+        siblings = [v.scores.get("math") for v in (verdicts[0], verdicts[2], verdicts[3])]
+        if None not in siblings:
+            break
+    assert siblings == [1.0, 1.0, 0.0]
     assert verdicts[1].outcome in (Outcome.SCORED, Outcome.TIMEOUT, Outcome.MEMORY)
     assert verdicts[1].scores.get("math") != 1.0
 
 
 @pytest.fixture(scope="module")
-def mathematics() -> Iterator[Jail]:
-    made = Jail(pack({"math": find("math")()}), timeout_s=TIMEOUT_S, grace_s=GRACE_S)
+def mathematics() -> Iterator[Mapping[float, Jail]]:
+    """By its timeout in seconds; a jail starts its children at its first call."""
+    rewards = pack({"math": find("math")()})
+    made = {t: Jail(rewards, timeout_s=t, grace_s=GRACE_S) for t in (TIMEOUT_S, 8 * TIMEOUT_S, 32 * TIMEOUT_S)}
     yield made
-    made.close()
+    for jail in made.values():
+        jail.close()
