@@ -10,15 +10,15 @@ not in the asked form, too long, with an end token inside; a row over its limit;
 writer is not such a failure: WorkerLost goes to the loop, which asks the whole stage again.
 """
 
-import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from rlkd.core.errors import ConfigError
 from rlkd.core.ports import Knobs, Services, Tokenizer, Writer, Written
+from rlkd.core.together import together
 from rlkd.core.types import Finish, Group, Origin, Prompt, Sample
 from rlkd.guidance import feedback_form, splice
 from rlkd.guidance.feedback_prompts import FeedbackPrompts, load
@@ -69,7 +69,7 @@ class Feedback:
             return group
         writer = self.writer(ask)
         work = [self._row(group, i, seed, writer, ask) for i, seed in zip(places, seeds, strict=True)]
-        rows = {i: row for i, row in zip(places, await _together(work), strict=True) if row is not None}
+        rows = {i: row for i, row in zip(places, await together(work), strict=True) if row is not None}
         if not rows:
             return group
         helped = {}
@@ -177,15 +177,3 @@ _TOO_LONG = "with the feedback it would be too long"
 
 def _stays(prompt: Prompt, i: int, why: str) -> str:
     return f"prompt {prompt.id}, answer {i} stays as it is: {why}"
-
-
-async def _together(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """All results in order; after the first error none of the others is left running."""
-    tasks = [asyncio.ensure_future(w) for w in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise

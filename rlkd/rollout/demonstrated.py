@@ -1,7 +1,6 @@
 """Answers of the policy beside worked answers by somebody else, whole or begun (LUFFY)."""
 
-import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from rlkd.core.ports import Completion, Knobs, Sampling, Services, as_demonstration, as_sample
+from rlkd.core.together import together
 from rlkd.core.types import Demonstration, Group, Origin, Prompt, Sample
 from rlkd.rollout.sampled import Sampled
 
@@ -42,7 +42,8 @@ class Demonstrated(Sampled):
             if n < len(d.tokens)
         ]
         own = ask.policy.generate(prompt.tokens, self.samples - len(taken), prompt.seed)
-        written, *rest = await _together([own, *begun])
+        work: list[Coroutine[Any, Any, Any]] = [own, *begun]
+        written, *rest = await together(work)
         samples = [as_sample(prompt, c) for c in written]
         versions = (min(s.versions[0] for s in samples), max(s.versions[1] for s in samples))
         whole = [as_demonstration(prompt, d, versions) for d, n in taken if n == len(d.tokens)]
@@ -86,15 +87,3 @@ def after_prefix(prompt: Prompt, prefix: Int32[np.ndarray, "_"], completion: Com
         versions=completion.versions,
         finish=completion.finish,
     )
-
-
-async def _together(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """All results in order; after the first error none of the others is left running."""
-    tasks = [asyncio.ensure_future(w) for w in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise

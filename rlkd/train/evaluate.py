@@ -1,19 +1,17 @@
 """Held-out evaluation: pass@k of the policy as it is now, on prompts that are never trained on."""
 
-import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import numpy as np
 
 from rlkd.core.errors import WorkerLost
 from rlkd.core.ports import Sampling, Services, as_sample
+from rlkd.core.together import together
 from rlkd.core.types import Prompt, Sample
 from rlkd.train.passk import Evaluation, evaluation
 
-T = TypeVar("T")
 ATTEMPTS = 3  # of one prompt, when its worker is lost
 
 
@@ -73,15 +71,3 @@ class Evaluator:
                 if not left:
                     raise
         raise AssertionError("not reached")
-
-
-async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; after the first error none of the others is left running."""
-    tasks = [asyncio.create_task(w) for w in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
