@@ -112,7 +112,7 @@ async def _scored(name: str, model: Model, prompt: Prompt, read: Inputs) -> str:
 
 
 async def _written(name: str, writer: Writer, prompt: Prompt) -> str:
-    written = await writer.write(prompt.messages or ({"role": "user", "content": prompt.text},), prompt.seed)
+    written = await writer.write(prompt.conversation, prompt.seed)
     size = "an unknown number of" if written.tokens is None else f"{written.tokens}"
     return f"teacher    {name} writes to {prompt.id}: {written.text[:80]!r} ({size} tokens, {written.finish})"
 

@@ -141,3 +141,40 @@ def test_an_endpoint_without_its_address_or_model(folder: Path, missing: str) ->
 
 def test_reference_is_no_name_for_a_teacher(folder: Path) -> None:
     assert "cannot be the name of a teacher" in problem(recipe(folder), "teachers={reference: {}}").what
+
+
+TAUGHT = """\
+model: {path: models/tiny}
+algorithm: {name: kdrl}
+data: {train: {kind: arithmetic, size: 1000}}
+rewards: {arithmetic: {}}
+schedule: {steps: 10, groups_per_step: 4}
+evaluate: {at_start: false, at_end: false}
+teachers: {big: {path: models/big}, small: {path: models/small}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["algorithm.teacher=bigg"], "names the teacher 'bigg', and there is none"),
+        (["algorithm.combine=domain", "algorithm.domains={maths: big, '*': tiny}"], "names the teacher 'tiny'"),
+        ([], "algorithm.combine=one, and there are 2 teachers (big, small)"),
+    ],
+)
+def test_a_teacher_called_by_a_wrong_name(folder: Path, overrides: list[str], said: str) -> None:
+    (folder / "taught.yaml").write_text(TAUGHT)
+    assert said in problem(folder / "taught.yaml", *overrides).what
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.teacher=small"],
+        ["algorithm.combine=mean"],
+        ["algorithm.combine=domain", "algorithm.domains={'*': big}"],
+    ],
+)
+def test_a_teacher_called_by_its_name(folder: Path, overrides: list[str]) -> None:
+    (folder / "taught.yaml").write_text(TAUGHT)
+    assert load(folder / "taught.yaml", overrides).algorithm.name == "kdrl"

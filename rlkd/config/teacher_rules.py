@@ -21,6 +21,7 @@ def teachers(given: Given) -> Iterator[Finding]:
         yield Finding(
             ("algorithm.name", "teachers"), f"the algorithm {name} asks for a teacher, and there is none", fix
         )
+    yield from _named(given)
     for teacher, settings in config.teachers.items():
         at, endpoint = f"teachers.{teacher}", settings.endpoint
         if endpoint is None:
@@ -33,6 +34,23 @@ def teachers(given: Given) -> Iterator[Finding]:
             what = f"{at} has a path and an endpoint: it is one or the other"
             yield Finding((f"{at}.endpoint", f"{at}.path"), what, "leave one of them out")
         yield from _endpoint(f"{at}.endpoint", endpoint, settings)
+
+
+def _named(given: Given) -> Iterator[Finding]:
+    """The teachers that the algorithm calls by name are there; where it takes one and names none, there is only one."""
+    algorithm, there = given.config.algorithm, given.config.teachers
+    if not there:
+        return
+    known = ", ".join(there)
+    for name in sorted(getattr(algorithm, "teacher_names", ())):
+        if name not in there:
+            what = f"the algorithm {algorithm.name} names the teacher {name!r}, and there is none"
+            yield Finding(("algorithm.teacher", "algorithm.domains", "algorithm"), what, f"teachers are: {known}")
+    alone = getattr(algorithm, "combine", None) == "one" and algorithm.teacher is None
+    if alone and len(there) > 1 and algorithm.needs & {Signal.TEACHER, Signal.TEACHER_TOPK}:
+        what = f"algorithm.combine=one, and there are {len(there)} teachers ({known})"
+        fix = f"algorithm.teacher={next(iter(there))}, or combine=mean, confidence or domain"
+        yield Finding(("algorithm.combine", "algorithm.teacher", "teachers"), what, fix)
 
 
 def _endpoint(at: str, endpoint: EndpointConfig, teacher: TeacherConfig) -> Iterator[Finding]:

@@ -156,6 +156,10 @@ class Services:
     report: Callable[[str, str], None] = _unheard  # what guidance met, counted by kind and shown
     sampling: Sampling | None = None  # how the policy writes while it is trained
 
+    async def demonstrations(self, prompt: Prompt) -> tuple[Demonstration, ...]:
+        """Worked answers to a prompt: of `traces` where the run has them, else those stored with the prompt."""
+        return prompt.demonstrations if self.traces is None else await self.traces(prompt)
+
 
 @runtime_checkable
 class Rollout(Protocol):

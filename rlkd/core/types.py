@@ -69,6 +69,11 @@ class Prompt:
     source: str = ""  # which dataset it came from
     seed: int = 0
 
+    @property
+    def conversation(self) -> tuple[Mapping[str, str], ...]:
+        """`messages`, or the question as the only one of them."""
+        return self.messages or ({"role": "user", "content": self.text},)
+
 
 @dataclass(frozen=True)
 class TopK:
@@ -127,6 +132,11 @@ class Group:
     def own(self) -> tuple[Sample, ...]:
         """What the policy wrote without help, also where help took its place: what curves and pass rates are of."""
         return (*(s for s in self.samples if not s.guided), *self.replaced)
+
+    @property
+    def versions(self) -> tuple[int, int]:
+        """Oldest and newest policy that wrote into any of the samples; ValueError without samples."""
+        return min(s.versions[0] for s in self.samples), max(s.versions[1] for s in self.samples)
 
     @property
     def rewards(self) -> Float32[np.ndarray, "g"]:

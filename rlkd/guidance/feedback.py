@@ -102,7 +102,7 @@ class Feedback:
     def messages(self, prompt: Prompt, sample: Sample, tokenizer: Tokenizer) -> Sequence[Mapping[str, str]]:
         """What the teacher is told: never the right answer."""
         if self.form == "worked":
-            return prompt.messages or ({"role": "user", "content": prompt.text},)
+            return prompt.conversation
         question = prompt.text or "\n\n".join(m["content"] for m in prompt.messages if m["role"] == "user")
         answer = sample.tokens[sample.origin != Origin.PROMPT]
         return load(self.prompts).messages(question, tokenizer.decode(answer[:-1]))
@@ -163,7 +163,8 @@ class Feedback:
         """The policy writes on within what is left of the limit."""
         if ask.sampling is None:
             raise ValueError("continue_after must know how the policy is sampled (Services.sampling)")
-        limit = self.max_tokens if self.max_tokens is not None else ask.sampling.max_tokens
+        limit = self._limit(ask)
+        assert limit is not None  # the sampler's, if no other
         left = limit - row.answer_tokens
         if left < 1:
             return _TOO_LONG

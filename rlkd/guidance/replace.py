@@ -95,13 +95,12 @@ class Replacement:
     async def _usable(self, group: Group, ask: Services) -> list[Trace]:
         """The prompt's traces with their rewards, best quality first: the right ones, or all with reward 1."""
         prompt = group.prompt
-        known = prompt.demonstrations if ask.traces is None else await ask.traces(prompt)
+        known = await ask.demonstrations(prompt)
         pool = sorted(known, key=_quality)[: self.max_teachers]
         if not pool:
             ask.report(KIND, f"prompt {prompt.id}: no row is right enough, and there is no trace for it")
             return []
-        versions = (min(s.versions[0] for s in group.samples), max(s.versions[1] for s in group.samples))
-        rows = await ask.verify(prompt, [as_demonstration(prompt, d, versions) for d in pool])
+        rows = await ask.verify(prompt, [as_demonstration(prompt, d, group.versions) for d in pool])
         judged = [Trace(d, r) for d, r in zip(pool, rows, strict=True)]
         if self.forced:
             return [replace(t, row=replace(t.row, reward=float(np.fmax(t.row.reward, 1.0)))) for t in judged]

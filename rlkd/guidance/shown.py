@@ -26,14 +26,13 @@ class Shown:
         if not self.demonstrations or not group.samples:
             return group
         prompt = group.prompt
-        found = await ask.traces(prompt) if ask.traces else prompt.demonstrations
+        found = await ask.demonstrations(prompt)
         if not found:
             ask.report("guidance", f"prompt {prompt.id} has no demonstration")
             return group
         rng = np.random.default_rng(prompt.seed)
         drawn = sorted(rng.choice(len(found), min(self.demonstrations, len(found)), replace=False))
-        versions = min(s.versions[0] for s in group.samples), max(s.versions[1] for s in group.samples)
-        judged = await ask.verify(prompt, tuple(as_demonstration(prompt, found[i], versions) for i in drawn))
+        judged = await ask.verify(prompt, tuple(as_demonstration(prompt, found[i], group.versions) for i in drawn))
         shown = tuple(s for s in judged if not np.isnan(s.reward))
         if len(shown) < len(judged):
             ask.report("guidance", f"prompt {prompt.id}: {len(judged) - len(shown)} demonstrations could not be judged")

@@ -30,7 +30,7 @@ class Demonstrated(Sampled):
     prefix_max: float = 1.0
 
     async def __call__(self, prompt: Prompt, ask: Services, knobs: Knobs) -> Group:
-        known = prompt.demonstrations if ask.traces is None else await ask.traces(prompt)
+        known = await ask.demonstrations(prompt)
         rng = np.random.default_rng([prompt.seed, STREAM])
         chosen = rng.choice(len(known), min(self.demonstrations, len(known)), replace=False)
         ratios = rng.uniform(self.prefix_min, self.prefix_max, len(chosen))
@@ -45,7 +45,7 @@ class Demonstrated(Sampled):
         work: list[Coroutine[Any, Any, Any]] = [own, *begun]
         written, *rest = await together(work)
         samples = [as_sample(prompt, c) for c in written]
-        versions = (min(s.versions[0] for s in samples), max(s.versions[1] for s in samples))
+        versions = Group(prompt, tuple(samples)).versions
         whole = [as_demonstration(prompt, d, versions) for d, n in taken if n == len(d.tokens)]
         return Group(prompt, (*samples, *rest, *whole))
 

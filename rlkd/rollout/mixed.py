@@ -24,7 +24,7 @@ class Mixed(Sampled):
         rng = np.random.default_rng([prompt.seed, STREAM])
         if rng.random() < self.on_policy:
             return await super().__call__(prompt, ask, knobs)
-        known = prompt.demonstrations if ask.traces is None else await ask.traces(prompt)
+        known = await ask.demonstrations(prompt)
         if not known:
             ask.report("no_demonstration", f"prompt {prompt.id} has no worked answer: the policy answers it")
             return await super().__call__(prompt, ask, knobs)

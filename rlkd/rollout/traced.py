@@ -24,7 +24,7 @@ class Traced:
     success: float = 0.5  # a reward above this is right
 
     async def __call__(self, prompt: Prompt, ask: Services, knobs: Knobs) -> Group:
-        found = await ask.traces(prompt) if ask.traces else prompt.demonstrations
+        found = await ask.demonstrations(prompt)
         samples = tuple(as_demonstration(prompt, d, UNWRITTEN) for d in found)
         if not samples:
             ask.report("traces", f"prompt {prompt.id} has no demonstration")

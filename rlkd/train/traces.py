@@ -71,7 +71,7 @@ class LiveTraces:
         async with self._locks.setdefault(key, asyncio.Lock()):
             told, new = self._told.get(key), False
             if told is None:
-                written = await writer.write(_messages(prompt), _seed(prompt, name))
+                written = await writer.write(prompt.conversation, _seed(prompt, name))
                 self.counts["written"] += 1
                 if not written.text and written.finish is not Finish.STOP:
                     return None  # it could not read the prompt: nothing to keep, nothing paid
@@ -145,10 +145,6 @@ class LiveTraces:
                 self.counts["unreadable"] += 1
                 self.report("warning", f"{self.path}:{number}: no trace: {error!r}")
         return told
-
-
-def _messages(prompt: Prompt) -> tuple[Mapping[str, str], ...]:
-    return prompt.messages or ({"role": "user", "content": prompt.text},)
 
 
 def _seed(prompt: Prompt, teacher: str) -> int:
