@@ -183,8 +183,8 @@ CLAIMS: tuple[Claim, ...] = (
     _above("KDRL", "The same against RL alone, with a teacher that errs (peer).", "kdrl-peer", "grpo"),
     _above("KDRL", "The same against distillation alone, with a teacher that errs.", "kdrl-peer", "kd-rkl-peer"),
     _above("KDRL", "An annealed β beats a constant one.", "kdrl-annealed", "kdrl"),
-    _above("KDRL", "Distilling all answers beats distilling the wrong ones only.", "kdrl", "kdrl-wrong"),
-    _above("KDRL", "Distilling all answers beats distilling failed groups only.", "kdrl", "kdrl-failed"),
+    _above("KDRL, our reading", "Distilling all answers beats distilling the wrong ones only.", "kdrl", "kdrl-wrong"),
+    _above("KDRL, our reading", "Distilling all answers beats distilling failed groups only.", "kdrl", "kdrl-failed"),
     Claim(
         "KDRL",
         "Distillation alone inflates the length of answers most.",
