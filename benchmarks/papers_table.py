@@ -145,7 +145,8 @@ def traces_line(traces: Mapping[str, Mapping[str, float]]) -> str:
         any_right = f", one of them right for {shares['any']:.3f}" if len(shares) > 2 else ""
         parts.append(f"`{name}`: {told}{any_right}")
     return (
-        f"Traces: one answer of each teacher to each of the {TRAIN:,} training problems, sampled at temperature 1. "
+        f"Traces: one answer of each teacher to each of the {TRAIN:,} training problems, sampled at temperature 1; "
+        "why that ends badly here is told in docs/algorithms/thinktuning.md. "
         "Share that is right: " + "; ".join(parts) + "."
     )
 
