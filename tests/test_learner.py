@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.exceptions import RayActorError, RayTaskError
 from torch import Tensor, nn
+from torch.distributed import DistNetworkError, TCPStore
 
 from rlkd.algorithms.grpo import GRPO
 from rlkd.core.batch import Shares, pack
@@ -21,7 +22,7 @@ from rlkd.core.types import Origin
 from rlkd.engines.deepspeed import _diagnosed, _layer
 from rlkd.engines.optimizer import GuardedAdamW, decayed, learning_rate
 from rlkd.workers import learner
-from rlkd.workers.learner import LearnerGroup
+from rlkd.workers.learner import LearnerGroup, LearnerRank
 from tests.learner_help import random_groups
 
 # --- learning rate
@@ -81,6 +82,7 @@ def test_it_clips_and_steps_like_torch(scale: float, bound: float) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.faults("F54")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_it_does_not_step_on_what_is_not_finite(bad: float) -> None:
     """Negative control: AdamW itself does."""
@@ -94,6 +96,23 @@ def test_it_does_not_step_on_what_is_not_finite(bad: float) -> None:
         model.weight.grad[0, 0] = bad
         optimizer.step()
         assert torch.equal(model.weight, before) == (kind is GuardedAdamW)
+
+
+@pytest.mark.faults("F54")
+@pytest.mark.parametrize("veto", [True, False])
+def test_with_a_veto_nothing_moves(veto: bool) -> None:
+    """Not even a moment or the count. Negative control: without it all of them do."""
+    model = made()
+    optimizer = GuardedAdamW(model.parameters(), lr=0.1)
+    optimizer.clip_to = 1.0
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    before = [model.weight.detach().clone(), *(v.clone() for s in optimizer.state.values() for v in s.values())]
+    optimizer.veto = veto
+    optimizer.step()
+    after = [model.weight.detach(), *(v for s in optimizer.state.values() for v in s.values())]
+    same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert all(same) if veto else not any(same)
 
 
 def test_under_zero_the_norm_of_all_ranks_decides() -> None:
@@ -290,3 +309,15 @@ def test_a_broken_connection_is_not_taken_for_the_cause(monkeypatch: pytest.Monk
     found = asyncio.run(run(LearnerLost("learner-1.update: RayActorError"), 0.05))
     assert isinstance(found, LearnerLost)
     assert isinstance(asyncio.run(run(LearnerLost("too late"), 60.0)), ray.exceptions.RayTaskError)
+
+
+@pytest.mark.faults("F64")
+def test_learners_of_one_machine_meet_on_ports_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system chooses them. Control: a port that is given and taken is an error."""
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    ranks = [LearnerRank(0, 2, "") for _ in range(3)]  # of three runs, all at once
+    places = [rank.open_store() for rank in ranks]
+    assert len(set(places)) == 3
+    taken = int(places[0].rpartition(":")[2])
+    with pytest.raises(DistNetworkError, match="in use"):
+        TCPStore("127.0.0.1", taken, 2, is_master=True, wait_for_workers=False)

@@ -6,18 +6,14 @@ to step. Gradients are *averaged* over ranks while losses are shares of a sum: h
 ZeRO 1–3 leave the weights alone if the gradient's norm is not finite; ZeRO-0 would step: `GuardedAdamW` looks first.
 """
 
-import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,45 +21,17 @@ from torch import Tensor
 
 from rlkd.core import kl
 from rlkd.core.batch import MicroBatch, Shares
-from rlkd.core.errors import CheckpointError, DivergedError, PreflightError
+from rlkd.core.errors import PreflightError
+from rlkd.core.faults import fault
 from rlkd.core.ports import Algorithm, Knobs, Loss, PolicyOutput
 from rlkd.core.types import TRAINED, Origin
+from rlkd.engines import nonfinite, rng
 from rlkd.engines.agreement import check_agreement, probe_batch
 from rlkd.engines.device import pick_device
-from rlkd.engines.model import ModelOptions, Policy
-from rlkd.engines.optimizer import GuardedAdamW, Shape, decayed, finite_norm, learning_rate
-
-TAG = "state"  # of the checkpoint inside the directory given to `save`
-BUCKET = 50_000_000  # gradient elements reduced at once
-
-
-@dataclass(frozen=True)
-class RankOptions:
-    """How a rank is made; names as in the recipe's `learner`."""
-
-    model: ModelOptions
-    steps: int  # of the whole run, for the learning rate's schedule
-    lr: float = 1e-6
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    lr_schedule: Shape = "constant"
-    max_grad_norm: float = 1.0
-    zero_stage: Literal[0, 1, 2, 3] | None = None  # None: 0 on one rank, 1 on several
-    offload: bool = False
-    timeout_s: float = 1800.0  # of collectives
-    threads: int | None = None
-    debug_directory: str | None = None  # where a micro-batch with a loss that is not finite is written
-    check_agreement: bool = True
-
-
-@dataclass(frozen=True)
-class Place:
-    """This rank among the others. Several ranks need a store that all of them reach."""
-
-    rank: int = 0
-    ranks: int = 1
-    store: dist.Store = field(default_factory=dist.HashStore)
+from rlkd.engines.learner_setup import Place, RankOptions, deepspeed_config, join, steady
+from rlkd.engines.learner_state import Counts, LearnerState
+from rlkd.engines.model import Policy
+from rlkd.engines.optimizer import GuardedAdamW, decayed, finite_norm, learning_rate
 
 
 class Rank:
@@ -72,24 +40,24 @@ class Rank:
     def __init__(self, algorithm: Algorithm, options: RankOptions, place: Place | None = None) -> None:
         place = place or Place()
         self.algorithm, self.options, self.ranks, self.rank = algorithm, options, place.ranks, place.rank
-        self.step = 0  # optimizer steps taken
+        self.counts = Counts()
         self.device = torch.device(pick_device(options.model.device))
         if options.offload and self.device.type == "cpu":
             raise PreflightError(
                 "RLKD-E145", "learner.offload=true, but the learner is on a CPU already", where="learner.offload",
                 fix="set learner.offload=false",
             )  # fmt: skip
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        steady(options, place.rank)
         self.stage = 1 if place.ranks > 1 else 0
         if options.zero_stage is not None:
             self.stage = options.zero_stage
-        _join(place, self.device, options.timeout_s)
+        join(place, self.device, options.timeout_s)
         # ZeRO-3 takes the weights from host memory, for a model that does not fit into one GPU
         self.policy = Policy.load(options.model, "cpu" if self.stage == 3 else None)
         if options.check_agreement:
             check_agreement(self.policy)
         self.engine = self._engine()
+        self.state = LearnerState(self.policy, self.engine, self.optimizer, self.rank, self.ranks)
 
     def _engine(self) -> Any:
         import deepspeed
@@ -104,7 +72,7 @@ class Rank:
         engine, *_ = deepspeed.initialize(
             model=self.policy,
             optimizer=self.optimizer,
-            config=_config(self.stage, low, o.max_grad_norm, o.offload),
+            config=deepspeed_config(self.stage, low, o.max_grad_norm, o.offload),
             dist_init_required=False,
         )
         if self.stage == 0:
@@ -117,75 +85,134 @@ class Rank:
 
     # --- training
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.counts.step
+
     def update(self, mine: Sequence[MicroBatch], knobs: Knobs) -> Shares:
         """One optimizer step on this rank's micro-batches; their number may change from step to step.
 
-        Raises DivergedError before any weight moves if a loss or the gradient is not finite.
+        If a loss or the gradient is not finite, no weight, moment or count moves on any rank: DivergedError, or, with
+        on_nonfinite="skip", the metric `nonfinite` until it happens more than `max_nonfinite` times in a row.
         """
         shares = Shares()
         seconds = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+        bad: tuple[str, str] | None = None  # what was not finite here, and where it was written
         for turn, x in enumerate(mine):
-            self.engine.set_gradient_accumulation_boundary(turn == len(mine) - 1)
-            x = x.to(self.device)
             began = perf_counter()
-            pi = self.policy.output(x, self.engine)
-            loss = self.algorithm.loss(pi, x, knobs)
-            self._check_loss(loss, pi, x)
+            x = x.to(self.device)
+            pi, loss = self._forward(x, knobs, last=turn == len(mine) - 1)
+            bad = self._look_at_loss(loss, pi, x, turn) or bad
             seconds["forward"] += perf_counter() - began
             began = perf_counter()
-            self.engine.backward(loss.value * (x.weight * self.ranks))
+            fault("learner.backward", self.rank)
+            self._backward(loss, x)
             seconds["backward"] += perf_counter() - began
             metrics, maxima = _diagnosed(pi, x)
             shares.add({**metrics, **loss.metrics, "loss": loss.value.detach()}, {**maxima, **loss.maxima}, x.weight)
         began = perf_counter()
-        rate, norm = self._step(mine)
+        rate, norm = self._step(mine, knobs, bad)
         seconds["optimizer"] = perf_counter() - began
         once = {"grad_norm": norm, "lr": rate, **{f"learn/{k}_s": s for k, s in seconds.items()}}
+        if self.options.on_nonfinite == "skip":
+            once["nonfinite"] = float(self.counts.nonfinite > 0)
         shares.add({}, {name: torch.tensor(value, dtype=torch.float64) for name, value in once.items()}, 1.0)
         return shares
 
-    def _step(self, mine: Sequence[MicroBatch]) -> tuple[float, float]:
-        """Move the weights; (learning rate, norm of the gradient before clipping)."""
+    def _forward(self, x: MicroBatch, knobs: Knobs, last: bool) -> tuple[PolicyOutput, Loss]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        pi = self.policy.output(x, self.engine)
+        return pi, self.algorithm.loss(pi, x, knobs)
+
+    def _backward(self, loss: Loss, x: MicroBatch) -> None:
+        self.engine.backward(loss.value * (x.weight * self.ranks))
+
+    def _step(self, mine: Sequence[MicroBatch], knobs: Knobs, bad: tuple[str, str] | None) -> tuple[float, float]:
+        """Move the weights, unless a rank says `bad`; (learning rate, norm of the gradient before clipping or NaN)."""
         o = self.options
         rate = learning_rate(self.step, o.lr, o.warmup_steps, o.steps, o.lr_schedule)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        if not finite_norm(norm):
-            where = [self._dump(f"gradient-{i}", x) for i, x in enumerate(mine)]
-            raise DivergedError(
-                "RLKD-T141",
-                f"step {self.step + 1}: the gradient is not finite (norm {norm})",
-                where=where[0] if where else None,
-                fix="the weights have not moved; look at the micro-batches written there, lower learner.lr",
-            )
-        self.step += 1
-        return rate, float(norm)
+        any_bad = o.on_nonfinite == "skip" and self._on_any_rank(bad is not None)
+        fault("learner.step", self.rank)
+        norm = self._move(veto=any_bad)
+        if not any_bad and finite_norm(norm):
+            self.counts = Counts(self.counts.step + 1, self.counts.skipped)
+            return rate, float(norm)
+        if bad is None:
+            bad = ("a loss of another rank", "") if any_bad else self._find_gradient(mine, knobs)
+        self._leave_out(norm, *bad)
+        return rate, math.nan
 
-    def _check_loss(self, loss: Loss, pi: PolicyOutput, x: MicroBatch) -> None:
+    def _move(self, veto: bool) -> Any:
+        """The optimizer's step, and the gradients are gone; with `veto` only that. The norm of the gradient."""
+        self.optimizer.veto = veto
+        self.engine.step()
+        self.optimizer.veto = False
+        return self.engine.get_global_grad_norm()
+
+    def _on_any_rank(self, here: bool) -> bool:
+        """All ranks must ask."""
+        flag = torch.tensor(float(here), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    # --- what is not finite
+
+    @property
+    def _turn(self) -> int:
+        """The step of the run that is under way, from 1."""
+        return self.counts.step + self.counts.skipped + 1
+
+    def _look_at_loss(self, loss: Loss, pi: PolicyOutput, x: MicroBatch, turn: int) -> tuple[str, str] | None:
+        """What is behind a loss that is not finite, and where it was written. DivergedError if that ends the run."""
         value = float(loss.value.detach())
         if math.isfinite(value):
-            return
-        where = self._dump("loss", x, logp=pi.logp.detach().cpu(), entropy=pi.entropy.detach().cpu())
-        raise DivergedError(
-            "RLKD-T140",
-            f"step {self.step + 1}: the loss is {value}",
-            where=where,
-            fix="the weights have not moved; the micro-batch and its log-probs are written there",
-        )
+            return None
+        local = ((name, getattr(p, "ds_tensor", p).detach()) for name, p in self.policy.model.named_parameters())
+        what = f"the loss is {value} ({nonfinite.behind_loss(local, x, pi)})"
+        where = self._dump(f"loss-{turn}", x, logp=pi.logp.detach().cpu(), entropy=pi.entropy.detach().cpu())
+        if self.options.on_nonfinite == "skip":
+            return what, where
+        raise nonfinite.diverged("RLKD-T140", f"step {self._turn}: {what}", where)
+
+    def _find_gradient(self, mine: Sequence[MicroBatch], knobs: Knobs) -> tuple[str, str]:
+        """Whose gradient it was, and where that micro-batch was written: all ranks go through their micro-batches once
+        more and look at each gradient. Generators are put back."""
+        before = rng.capture(self.device)
+        first: tuple[str, str] | None = None
+        for turn, x in enumerate(mine):
+            names: list[str] = []
+            x = x.to(self.device)
+            with nonfinite.watched_gradients(self.policy.model, names):
+                pi, loss = self._forward(x, knobs, last=turn == len(mine) - 1)
+                self._backward(loss, x)
+            if names and first is None:
+                what = f"that of {names[0]}, in micro-batch {turn + 1} of rank {self.rank}, was the first"
+                first = what, self._dump(f"gradient-{turn}", x, logp=pi.logp.detach().cpu())
+        self._move(veto=True)
+        rng.restore(before, self.device)
+        found: list[tuple[str, str] | None] = [None] * self.ranks
+        dist.all_gather_object(found, first)
+        known = [f for f in found if f is not None]
+        return known[0] if known else ("that of each micro-batch alone is finite, their sum is not", "")
+
+    def _leave_out(self, norm: Any, what: str, where: str) -> None:
+        """Count a step that was left out. DivergedError if it ends the run."""
+        turn, allowed = self._turn, self.options.max_nonfinite
+        self.counts = Counts(self.counts.step, self.counts.skipped + 1, self.counts.nonfinite + 1)
+        if self.options.on_nonfinite == "stop":
+            raise nonfinite.diverged(
+                "RLKD-T141", f"step {turn}: the gradient is not finite (norm {norm}): {what}", where
+            )
+        if self.counts.nonfinite > allowed:
+            many = f"{self.counts.nonfinite} steps in a row were not finite, learner.max_nonfinite={allowed}"
+            raise nonfinite.diverged("RLKD-T145", f"step {turn}: {many}; now {what}", where)
 
     def _dump(self, why: str, x: MicroBatch, **more: Tensor) -> str:
-        """Write a micro-batch for people to look at (`torch.load`); where, or why not."""
-        if self.options.debug_directory is None:
-            return f"rank {self.rank}; set a debug directory to have the micro-batch written"
-        directory = Path(self.options.debug_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"step-{self.step + 1:06d}-rank-{self.rank}-{why}.pt"
-        x = x.to("cpu")
-        plain = {f.name: getattr(x, f.name) for f in fields(x) if f.name != "totals"}
-        torch.save({**plain, **more, "streams": dict(x.streams), "totals": asdict(x.totals)}, path)
-        return str(path)
+        name = f"step-{self._turn:06d}-rank-{self.rank}-{why}"
+        return nonfinite.dump(self.options.debug_directory, name, x, **more)
 
     # --- weights out
 
@@ -203,17 +230,7 @@ class Rank:
             gather = deepspeed.zero.GatheredParameters([p for _, p in part]) if self.stage == 3 else nullcontext()
             with gather:
                 for name, p in part:
-                    yield name, self._finite(name, p.detach())
-
-    def _finite(self, name: str, weight: Tensor) -> Tensor:
-        # a sum is not finite if a term is not; the reverse is looked at more closely
-        if not bool(weight.sum().isfinite()) and not bool(weight.isfinite().all()):
-            raise DivergedError(
-                "RLKD-T142",
-                f"the weight {name} is not finite after step {self.step}; it was not published",
-                fix="go back to a checkpoint and lower learner.lr",
-            )
-        return weight
+                    yield name, nonfinite.finite_weight(name, p.detach(), self.step)
 
     def export(self, folder: str) -> None:
         """A Hugging Face folder: config, safetensors, and every other file of the start (tokenizer, chat template)."""
@@ -236,21 +253,18 @@ class Rank:
 
     # --- checkpoints
 
-    def save(self, directory: str) -> None:
-        """Weights, optimizer and step, in DeepSpeed's files; every rank writes its part."""
-        self.engine.save_checkpoint(directory, tag=TAG, client_state={"rlkd_step": self.step})
+    def save(self, directory: str) -> dict[str, str]:
+        """Write this rank's weights, moments, counts and generators; digests of each. OSError if it cannot be done."""
+        return self.state.save(directory, self.counts)
 
-    def load(self, directory: str) -> None:
-        """CheckpointError unless the directory holds what `save` wrote with the same ranks and ZeRO stage."""
-        try:
-            found, state = self.engine.load_checkpoint(directory, tag=TAG, load_lr_scheduler_states=False)
-        except (
-            Exception
-        ) as error:  # DeepSpeed raises whatever it trips over; a checkpoint must load whole or not at all
-            raise _unreadable(directory, f"{type(error).__name__}: {error}") from error
-        if found is None or "rlkd_step" not in state:
-            raise _unreadable(directory, "no learner state in it")
-        self.step = state["rlkd_step"]
+    def load(self, directory: str) -> dict[str, str]:
+        """Put back what `save` wrote, with any number of ranks and any ZeRO stage; digests of what can be compared.
+
+        CheckpointError for what is damaged, of another model, or not after loading what it was. Draw nothing after.
+        """
+        fault("learner.load", self.rank)
+        self.counts, digests = self.state.load(directory)
+        return digests
 
     def close(self) -> None:
         """Let go of the model. The process group stays: it is the process's."""
@@ -270,46 +284,6 @@ def _diagnosed(pi: PolicyOutput, x: MicroBatch) -> tuple[dict[str, Tensor], dict
     return metrics, {"mismatch/max": apart[sampled].abs().max()} if bool(sampled.any()) else {}
 
 
-def _join(place: Place, device: torch.device, timeout_s: float) -> None:
-    """Meet the other ranks. One process can have only one process group."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # Ray shows an actor only its own GPU
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-
-    # a kernel for inference that DeepSpeed would compile at every first start on a CPU
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=place.store,
-            rank=place.rank,
-            world_size=place.ranks,
-            timeout=timedelta(seconds=timeout_s),
-        )
-    elif dist.get_world_size() != place.ranks:
-        raise RuntimeError(f"this process is in a group of {dist.get_world_size()} ranks, not of {place.ranks}")
-
-
-def _config(stage: int, low: bool, max_grad_norm: float, offload: bool) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET, "overlap_comm": False}
-    if offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_grad_norm if stage else 0.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-    }
-    if low:
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
-
-
 def _layer(name: str) -> str:
     """`model.layers.3.mlp.up_proj.weight` → `model.layers.3`; a name without a number is a layer of its own."""
     parts = name.split(".")
@@ -323,10 +297,4 @@ def _made_by_save(name: str) -> bool:
     )
 
 
-def _unreadable(directory: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        "RLKD-K140",
-        f"the learner's checkpoint cannot be loaded: {why}",
-        where=directory,
-        fix="use the learner.ranks and learner.zero_stage it was saved with, or move it away to use the one before",
-    )
+__all__ = ["Place", "Rank", "RankOptions"]

@@ -41,6 +41,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
     clip_to: float | None = None
     norm_from: Any = None  # the ZeRO optimizer around this one, which has computed and clipped to the norm of all ranks
+    veto: bool = False  # do not step, whatever the gradient
     _global_grad_norm: Any = None  # where DeepSpeed's engine looks for it
 
     def step(self, closure: Any = None) -> Any:
@@ -48,7 +49,7 @@ class GuardedAdamW(torch.optim.AdamW):
             self._global_grad_norm = self.norm_from._global_grad_norm
         elif self.clip_to is not None:
             self._global_grad_norm = self._clip(self.clip_to)
-        return super().step(closure) if finite_norm(self._global_grad_norm) else None
+        return super().step(closure) if finite_norm(self._global_grad_norm) and not self.veto else None
 
     def _clip(self, largest: float) -> Tensor:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]

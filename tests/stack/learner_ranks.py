@@ -29,7 +29,7 @@ class Poisoned(GRPO):
     """GRPO whose loss or gradient is not finite from the given knob on."""
 
     name: str = "poisoned"
-    what: str = field(default="loss")
+    what: str = field(default="loss")  # loss, gradient, or constant: a loss that is not finite with a gradient that is
 
     def loss(self, pi: PolicyOutput, x: MicroBatch, knobs: Knobs) -> Loss:
         good = super().loss(pi, x, knobs)
@@ -37,6 +37,8 @@ class Poisoned(GRPO):
             return good
         if self.what == "loss":
             return replace(good, value=good.value * torch.nan)
+        if self.what == "constant":
+            return replace(good, value=good.value + torch.nan)
         zero = x.mean(pi.logp, Origin.POLICY) * 0.0
         return replace(good, value=good.value + zero.sqrt())  # 0, with the gradient ∞·0
 
@@ -105,14 +107,101 @@ def poisoned_on_one_rank(place: Place, scratch: Path, folder: Path) -> None:
     for stage in (0, 1, 2, 3):
         rank = Rank(Poisoned(what="gradient"), options(folder, stage), place)
         run(rank, [0], place.rank, place.ranks)
-        before = weights(rank)
+        before = digests(rank, scratch / f"before-{stage}")
         mine = [turn[place.rank] for turn in batches(place.ranks)[1]]
         raised = ""
         try:
             rank.update(mine, {"poison": float(place.rank == 1)})
         except DivergedError as error:
             raised = str(error)
-        after = weights(rank)
-        same = all(torch.equal(before[name], after[name]) for name in before)
+        same = before == digests(rank, scratch / f"after-{stage}")
         torch.save({"raised": raised, "same": same, "step": rank.step}, scratch / f"stage-{stage}-rank-{place.rank}.pt")
         rank.close()
+
+
+def digests(rank: Rank, directory: Path) -> dict[str, str]:
+    """Of weights and of what the optimizer keeps."""
+    found = rank.save(str(directory))
+    return {name: found[name] for name in ("weights", "optimizer")}
+
+
+def skipped_on_one_rank(place: Place, scratch: Path, folder: Path) -> None:
+    """A loss or gradient of rank 1 alone is not finite in the second of three steps: all ranks leave it out."""
+    for stage in (0, 2, 3):
+        quiet = Rank(Poisoned(), options(folder, stage), place)
+        run(quiet, [0, 2], place.rank, place.ranks)
+        expected = digests(quiet, scratch / f"quiet-{stage}")
+        quiet.close()
+        for what in ("loss", "gradient", "constant"):
+            made = options(folder, stage, on_nonfinite="skip", debug_directory=str(scratch / "debug"))
+            rank = Rank(Poisoned(what=what), made, place)
+            counted = []
+            for step in (0, 1, 2):
+                mine = [turn[place.rank] for turn in batches(place.ranks)[step]]
+                shares = rank.update(mine, {"poison": float(place.rank == 1 and step == 1)})
+                counted.append(shares.maxima["nonfinite"])
+            found = digests(rank, scratch / f"{what}-{stage}")
+            result = {"counted": counted, "same": found == expected, "step": rank.step}
+            torch.save(result, scratch / f"{what}-{stage}-rank-{place.rank}.pt")
+            rank.close()
+
+
+# --- with another number of ranks
+
+
+def load_and_go_on(place: Place, scratch: Path, folder: Path, saved: Path) -> None:
+    """Each ZeRO stage of a one-rank run on these ranks, loaded into the next stage: the last steps."""
+    for stage in (0, 1, 2, 3):
+        rank = Rank(ALGORITHM, options(folder, (stage + 1) % 4), place)
+        compared = sorted(rank.load(str(saved / f"checkpoint-{stage}")))
+        loaded = weights(rank)
+        run(rank, range(3, STEPS), place.rank, place.ranks)
+        result = {"loaded": loaded, "end": weights(rank), "compared": compared, "draw": torch.rand(2)}
+        torch.save(result, scratch / f"on-{stage}-rank-{place.rank}.pt")
+        rank.close()
+
+
+# --- bit by bit
+
+
+def with_dropout(rank: Rank) -> Rank:
+    """Something in the model that draws (the policy itself has no dropout: the sampler has none)."""
+
+    def drop(*given: Any) -> Tensor:  # module, its inputs, its output
+        return torch.nn.functional.dropout(given[-1], 0.2)
+
+    for layer in rank.policy.model.base_model.layers:
+        layer.mlp.register_forward_hook(drop)
+    return rank
+
+
+Job = tuple[list[int], str, str, str]  # steps, state to load or "", state to save or "", name of what comes of it
+
+
+def train_jobs(place: Place, scratch: Path, folder: Path, stage: int, jobs: Sequence[Job]) -> None:
+    """Steps with dropout, each job in a new engine. A `load` ending in `!` forgets the generators."""
+    for steps, load, save, name in jobs:
+        rank = with_dropout(Rank(ALGORITHM, options(folder, stage, deterministic=True), place))
+        if load:
+            rank.load(str(scratch / load.removesuffix("!")))
+        if load.endswith("!"):
+            torch.manual_seed(1)
+        shares = run(rank, steps, place.rank, place.ranks)
+        if save:
+            rank.save(str(scratch / save))
+        found = {
+            "losses": [s.sums["loss"] for s in shares],
+            "norms": [s.maxima["grad_norm"] for s in shares],
+            "weights": weights(rank),
+        }
+        torch.save(found, scratch / f"{name}-{place.rank}.pt")
+        rank.close()
+
+
+def struck(place: Place, scratch: Path, folder: Path, point: str) -> None:
+    """Rank 1 is killed at a fault point."""
+    os.environ["RLKD_FAULT"] = f"{point}@1=kill"
+    rank = Rank(ALGORITHM, options(folder, 1), place)
+    run(rank, [0], place.rank, place.ranks)
+    rank.save(str(scratch / "state"))
+    rank.load(str(scratch / "state"))
