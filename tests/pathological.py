@@ -2,6 +2,7 @@
 
 # ruff: noqa: ARG001  # a function reward is given the prompt, whether it wants it or not
 
+import contextlib
 import ctypes
 import math
 import os
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlkd.core.types import Answer, Prompt
+from rlkd.rewards.code import program
 
 
 def good(prompt, answer):
@@ -148,6 +150,55 @@ def meets(prompt, answer, folder: str = "", parties: int = 4):
     while len(list(Path(folder).iterdir())) < parties:
         time.sleep(0.01)
     return 1.0
+
+
+def writes_a_huge_file(prompt, answer, path: str = "", size: int = 1 << 30):
+    """One byte behind a hole: takes no space."""
+    if answer == "poison":
+        with Path(path).open("wb") as f:
+            f.seek(size)
+            f.write(b"x")
+    return 1.0
+
+
+def floods_the_channel(prompt, answer, piece: str = "ff"):
+    """Writes into every socket it has, as a library that closes the wrong descriptor and opens its own might."""
+    for descriptor in range(3, 64):
+        if answer == "poison" and os.path.realpath(f"/proc/self/fd/{descriptor}").rpartition("/")[2].startswith(
+            "socket:"
+        ):
+            os.write(descriptor, bytes.fromhex(piece) * 4)
+            with contextlib.suppress(OSError):
+                os.write(descriptor, b"\xff" * (1 << 17))
+    return 1.0
+
+
+def forks_many(prompt, answer, note: str = "", most: int = 60):
+    """Sleeping children and grandchildren, half of them in sessions of their own."""
+    if answer == "poison":
+        for i in range(most):
+            if os.fork() == 0:
+                if i % 2:
+                    os.setsid()
+                with Path(note).open("a") as f:
+                    f.write(f"{os.getpid()}\n")
+                time.sleep(600)
+        time.sleep(600)
+    return 1.0
+
+
+def changes_its_mind(prompt, answer, note: str = ""):
+    """A score that depends on the process it is asked in."""
+    if answer == "fickle":
+        with Path(note).open("a") as f:
+            f.write("x")
+        return float(Path(note).stat().st_size)
+    return 1.0
+
+
+def extracts_code(prompt, answer):
+    """Not pathological itself: the part of the reward `code` that reads answers."""
+    return float(isinstance(program(answer), str))
 
 
 def starts_a_thread(prompt, answer):

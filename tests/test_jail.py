@@ -78,6 +78,7 @@ def test_scores_in_order(jail: Make) -> None:
     assert jail("good").score(PROMPT, []) == []
 
 
+@pytest.mark.faults("F32", "F33", "F34", "F36", "F37", "F38")
 @pytest.mark.parametrize(
     ("reward", "outcome", "says"),
     [
@@ -106,6 +107,7 @@ def test_a_poisonous_answer_is_named_and_costs_its_siblings_nothing(
     assert verdicts[1].scores == {}, "a failure has no score, least of all 0"
 
 
+@pytest.mark.faults("F36", "F37")
 def test_only_the_end_of_what_is_printed_is_kept(jail: Make) -> None:
     failure = jail("prints").score(PROMPT, answers("poison"))[0].failure
     assert failure is not None
@@ -115,6 +117,7 @@ def test_only_the_end_of_what_is_printed_is_kept(jail: Make) -> None:
     assert "Segmentation fault" in crashed.output  # faulthandler's last words
 
 
+@pytest.mark.faults("F37")
 def test_memory_is_limited_and_the_limit_is_what_stops_it(jail: Make) -> None:
     verdicts = jail("eats_memory", memory_gib=0.25).score(PROMPT, answers("fine", "poison"))
     assert outcomes(verdicts) == [Outcome.SCORED, Outcome.MEMORY]
@@ -122,6 +125,7 @@ def test_memory_is_limited_and_the_limit_is_what_stops_it(jail: Make) -> None:
     assert outcomes(enough) == [Outcome.SCORED]  # the negative control: the same reward with the memory it needs
 
 
+@pytest.mark.faults("F39")
 @pytest.mark.parametrize("value", ["nan", "inf", "text", "huge", "list", "complex", "integer"])
 def test_a_value_that_is_no_score_is_an_outcome_of_its_own(jail: Make, value: str) -> None:
     verdicts = jail("strange").score(PROMPT, answers("fine", value))
@@ -131,11 +135,13 @@ def test_a_value_that_is_no_score_is_an_outcome_of_its_own(jail: Make, value: st
     assert "score() gave" in failure.detail
 
 
+@pytest.mark.faults("F39")
 def test_none_is_no_failure_and_a_truth_value_is_a_number(jail: Make) -> None:
     verdicts = jail("strange").score(PROMPT, answers("none", "true"))
     assert [v.scores["strange"] for v in verdicts] == [None, 1.0]
 
 
+@pytest.mark.faults("F39")
 @pytest.mark.parametrize(
     ("reward", "says"), [("Short", "gave 1 values for 2 answers"), ("Text", "gave '11'; expected a list of 2 numbers")]
 )
@@ -148,6 +154,7 @@ def test_a_group_that_gets_the_wrong_values_together_has_no_scores(jail: Make, r
     assert outcomes(made.score(PROMPT, answers("a", "b"))) == [Outcome.BAD_VALUE] * 2
 
 
+@pytest.mark.faults("F38")
 def test_an_accident_is_retried_and_said(jail: Make, tmp_path: Path) -> None:
     verdicts = jail("fails_once", {"note": str(tmp_path / "note")}).score(PROMPT, answers("a", "b"))
     assert outcomes(verdicts) == [Outcome.SCORED] * 2
@@ -166,6 +173,7 @@ def test_a_group_that_is_slow_as_a_whole_fails_as_a_whole(jail: Make) -> None:
     assert outcomes(verdicts) == [Outcome.TIMEOUT] * 4
 
 
+@pytest.mark.faults("F32")
 def test_judging_ends_within_its_bound_whatever_happens(jail: Make) -> None:
     made = jail("swallows")
     made.start()
@@ -188,6 +196,7 @@ def test_other_groups_go_on_while_one_hangs(jail: Make) -> None:
             hanging.result(10)
 
 
+@pytest.mark.faults("F38")
 def test_a_child_serves_many_groups_and_is_replaced_after_a_failure(jail: Make) -> None:
     made = jail("raises")
     made.start()
@@ -229,6 +238,7 @@ def test_a_reward_that_comes_back_twice_is_heard_once(jail: Make) -> None:
         time.sleep(0.3)  # the copy comes back now, when nobody has asked
 
 
+@pytest.mark.faults("F33")
 def test_without_killing_from_outside_the_interpreter_is_held_past_the_deadline(jail: Make) -> None:
     """The negative control of SIGKILL: what an alarm alone does to a reward that blocks it."""
     made = jail("holds_the_interpreter", grace_s=math.inf)
@@ -297,6 +307,7 @@ def test_everything_dies_with_a_killed_parent(tmp_path: Path) -> None:
     assert all(gone(pid) for pid in pids)
 
 
+@pytest.mark.faults("F42")
 def test_a_reward_that_cannot_be_loaded_is_one_clear_error(tmp_path: Path) -> None:
     mine = tmp_path / "mine.py"
     mine.write_text("def score(prompt, answer):\n    return 1.0\n")
@@ -308,6 +319,7 @@ def test_a_reward_that_cannot_be_loaded_is_one_clear_error(tmp_path: Path) -> No
     assert "Traceback" not in str(caught.value)
 
 
+@pytest.mark.faults("F42")
 @pytest.mark.parametrize(
     ("source", "says", "start_s"),
     [("import time; time.sleep(600)", "nothing came of it", 1.0), ("import os; os._exit(5)", "without a word", 60.0)],
@@ -335,6 +347,7 @@ def test_closing_ends_everything(jail: Make) -> None:
         made.score(PROMPT, answers("42"))
 
 
+@pytest.mark.faults("F42")
 def test_probe_judges_the_gold_answer_and_a_wrong_one() -> None:
     prompts = [Prompt(f"p{i}", np.zeros(1, np.int32), str(i)) for i in range(5)]
     probes = probe(pack({"exact": find("exact")()}), prompts)
@@ -364,6 +377,7 @@ HOSTILE_MATH = [
 ]
 
 
+@pytest.mark.faults("F35")
 @pytest.mark.parametrize("text", HOSTILE_MATH, ids=lambda t: t[:24])
 def test_mathematics_that_explodes_is_wrong_or_out_of_time_and_its_siblings_are_right(
     text: str, mathematics: Mapping[float, Jail]

@@ -95,6 +95,7 @@ def test_the_fast_path_never_reaches_sympy(monkeypatch: pytest.MonkeyPatch) -> N
         score("math", r"\boxed{1+x}", "x+1")
 
 
+@pytest.mark.faults("F35")
 @pytest.mark.parametrize(
     "expression",
     [
@@ -116,6 +117,7 @@ def test_what_must_not_be_evaluated(expression: str) -> None:
     assert score("math", "1", expression) is None  # nobody can say
 
 
+@pytest.mark.faults("F35")
 @pytest.mark.parametrize(
     "expression", ["2^{10}", "x^2 + y^2", "10!", r"\frac{1}{\sqrt{2}}", "2^3 \\cdot 3^2", "10^{-9}"]
 )

@@ -39,6 +39,9 @@ class Verdict:
     scores: Mapping[str, float | None] = field(default_factory=dict)
     failure: Failure | None = None
     retried: bool = False  # the group was judged again in a fresh process
+    agrees: bool | None = (
+        None  # a second judging gave the same scores; None: there was none (verifier.recheck_fraction)
+    )
 
     @property
     def outcome(self) -> Outcome:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 from rlkd.core.errors import OK, PREFLIGHT
-from rlkd.doctor import machine, packages
+from rlkd.doctor import machine, packages, sandbox
 from rlkd.doctor.check import Check
 
 PARTS: Sequence[Callable[[], Check]] = (
@@ -29,6 +29,7 @@ PARTS: Sequence[Callable[[], Check]] = (
     machine.socket_path,
     machine.disk,
     machine.threads,
+    sandbox.tier,
 )
 
 

@@ -17,7 +17,7 @@ from rlkd.engines.jailed import LENGTH
 from rlkd.engines.keeper import Child, Keeper
 
 OUTPUT = 65_536  # bytes of what a child prints that are kept, the last ones
-LARGEST_REPLY = 1 << 24  # bytes; a child that says more is out of its mind
+LARGEST_REPLY = 1 << 20  # bytes that are read of a reply; a child that says more is out of its mind
 
 Scores = dict[str, list[float | None]]
 
@@ -137,7 +137,10 @@ class _Talk:
         """Reads all there is now; False at the end of file."""
         with suppress(BlockingIOError):
             while len(self._received) <= LARGEST_REPLY:
-                piece = self.child.channel.recv(65_536)
+                try:
+                    piece = self.child.channel.recv(65_536)
+                except ConnectionResetError:  # it ended before it had read all of the request
+                    return False
                 if not piece:
                     return False
                 self._received += piece
@@ -145,14 +148,24 @@ class _Talk:
         return True
 
     def _reply(self) -> dict[str, Any] | None:
-        """The reply if it has come in whole; takes note of the rewards said to run on the way."""
+        """The reply if it has come in whole; takes note of the rewards said to run on the way. A reward that writes
+        into the channel ends up here too: what is no message of ours ends the talk."""
         while len(self._received) >= LENGTH.size:
             end = LENGTH.size + LENGTH.unpack_from(self._received)[0]
+            if end > LARGEST_REPLY:
+                return self._gibberish()
             if len(self._received) < end:
                 return None
-            message: dict[str, Any] = json.loads(self._received[LENGTH.size : end])
-            self._received = self._received[end:]
-            if "running" not in message:
-                return message
-            self.running = message["running"]
+            try:
+                message: dict[str, Any] = json.loads(self._received[LENGTH.size : end])
+                self._received = self._received[end:]
+                if "running" not in message:
+                    return message if "scores" in message or "outcome" in message else self._gibberish()
+                self.running = str(message["running"])
+            except (ValueError, TypeError):
+                return self._gibberish()
         return None
+
+    def _gibberish(self) -> dict[str, Any]:
+        detail = "it wrote something into the verifier's channel that is no reply"
+        return {"outcome": Outcome.CRASHED.value, "reward": self.running, "detail": detail}

@@ -4,6 +4,9 @@ Threads and asyncio cannot stop a computation that holds the interpreter (reliab
 killed. This is protection against accidents (endless sympy, segfaults, memory), not against malice: children have the
 worker's rights and network.
 
+A reward that runs code a model wrote (`runs_code`) is given the sandbox for it (sandbox.py), which is more, or the jail
+does not start.
+
 When a group fails, its answers are judged one by one, each failure ending its process; those that are fine are then
 judged together once more, because a reward may compare answers. So one poisonous answer costs its siblings nothing,
 and a reward that fails once by accident is retried.
@@ -11,7 +14,10 @@ and a reward that fails once by accident is retried.
 
 import queue
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from rlkd.core.types import Answer, Prompt
 from rlkd.core.verdict import Failure, Outcome, Verdict
@@ -35,13 +41,20 @@ class Jail:
         grace_s: float = 2.0,
         start_s: float = 120.0,
         load: str = "rlkd.rewards.table:unpack",
+        min_tier: str = "userns+landlock",
+        accept_unsafe_code: bool = False,
+        recheck_fraction: float = 0.0,
     ) -> None:
         """`rewards` is what `load` (`module:function`) turns into a mapping of name to Reward, in the keeper.
         `timeout_s` and `memory_gib` are for one group, in one child, beyond what it has when it starts; `grace_s` is
         the time between interrupting and killing it; `start_s` the most that loading the rewards may take.
+        `min_tier` and `accept_unsafe_code` hold for rewards that run code (sandbox_rules.py). A share of
+        `recheck_fraction` of the groups is judged a second time, in a fresh child.
         """
+        self._recheck_fraction = recheck_fraction
+        code = {"min_tier": min_tier, "accept_unsafe_code": accept_unsafe_code}
         self._timeout_s, self._grace_s = timeout_s, grace_s
-        self._keeper = Keeper(rewards, load, int(memory_gib * GIB), start_s)
+        self._keeper = Keeper(rewards, load, int(memory_gib * GIB), start_s, code)
         self._cells = [Cell(self._keeper, grace_s) for _ in range(processes)]
         self._idle: queue.SimpleQueue[Cell] = queue.SimpleQueue()
         for cell in self._cells:
@@ -49,7 +62,7 @@ class Jail:
 
     def start(self) -> tuple[str, ...]:
         """Starts everything; otherwise the first `score` does. Returns the rewards' names; DataError RLKD-D303 if they
-        cannot be loaded."""
+        cannot be loaded, PreflightError RLKD-E310 if one runs code and the sandbox is not good enough."""
         self._keeper.start()
         for cell in self._cells:
             cell.open()
@@ -67,8 +80,15 @@ class Jail:
 
     @property
     def longest_s(self) -> float:
-        """The most that judging one group can take, whatever its rewards do: whole, one by one, together again."""
-        return 5 * self._timeout_s + 3 * self._grace_s + SLACK_S
+        """The most that judging one group can take, whatever its rewards do: whole, one by one, together again, and
+        once more where groups are judged twice."""
+        twice = self._timeout_s + self._grace_s if self._recheck_fraction else 0.0
+        return 5 * self._timeout_s + 3 * self._grace_s + SLACK_S + twice
+
+    @property
+    def standing(self) -> Mapping[str, Any] | None:
+        """Where rewards that run code run it: {tier, unsafe, reason}. None if there are none, or before `start`."""
+        return self._keeper.standing
 
     def close(self) -> None:
         """Ends every child. Calls under way raise JailClosed."""
@@ -77,7 +97,8 @@ class Jail:
     def _judge(self, cell: Cell, prompt: Prompt, answers: Sequence[Answer]) -> list[Verdict]:
         whole = cell.call(prompt, answers, self._timeout_s)
         if not isinstance(whole, Failure):
-            return _verdicts(whole, len(answers), retried=False)
+            verdicts = _verdicts(whole, len(answers), retried=False)
+            return self._again(cell, prompt, answers, verdicts) if self._chosen(prompt) else verdicts
         alone = self._one_by_one(cell, prompt, answers, whole)
         if len(answers) == 1:
             only = alone[0]
@@ -87,11 +108,29 @@ class Jail:
         if fine:
             together = cell.call(prompt, [answers[i] for i in fine], self._timeout_s)
         shared = together if isinstance(together, Failure) else None
-        verdicts = [Verdict(failure=r if isinstance(r, Failure) else shared, retried=True) for r in alone]
+        judged = [Verdict(failure=r if isinstance(r, Failure) else shared, retried=True) for r in alone]
         if not isinstance(together, Failure):
             for i, verdict in zip(fine, _verdicts(together, len(fine), retried=True), strict=True):
-                verdicts[i] = verdict
-        return verdicts
+                judged[i] = verdict
+        return judged
+
+    def _chosen(self, prompt: Prompt) -> bool:
+        """Whether this group is judged twice: the same ones in every run of the same recipe."""
+        if not self._recheck_fraction:
+            return False
+        place = zlib.crc32(f"{prompt.id}:{prompt.seed}".encode("utf-8", "backslashreplace")) / (1 << 32)
+        return place < self._recheck_fraction
+
+    def _again(
+        self, cell: Cell, prompt: Prompt, answers: Sequence[Answer], verdicts: Sequence[Verdict]
+    ) -> list[Verdict]:
+        """The verdicts, each with whether a second judging in a fresh child says the same; a failure does not."""
+        cell.close()
+        second = cell.call(prompt, answers, self._timeout_s)
+        if isinstance(second, Failure):
+            return [replace(v, agrees=False) for v in verdicts]
+        others = _verdicts(second, len(answers), retried=False)
+        return [replace(v, agrees=v.scores == o.scores) for v, o in zip(verdicts, others, strict=True)]
 
     def _one_by_one(
         self, cell: Cell, prompt: Prompt, answers: Sequence[Answer], whole: Failure

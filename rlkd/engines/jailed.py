@@ -27,11 +27,12 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import psutil
 
-from rlkd.core.errors import RlkdError
+from rlkd.core.errors import PreflightError, RlkdError
 from rlkd.engines.judge import judge
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -42,7 +43,8 @@ LENGTH = struct.Struct(">I")
 
 def main(setup: Mapping[str, Any]) -> None:
     """The keeper's life. `setup`: control (a file descriptor), parent (a pid), load (`module:function`), rewards
-    (bytes), memory (bytes a child may use beyond what the keeper has)."""
+    (bytes), memory (bytes a child may use beyond what the keeper has), min_tier and accept_unsafe_code (for rewards
+    that run code, see sandbox_rules.py)."""
     control = socket.socket(fileno=setup["control"])
     _end_with(setup["parent"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
@@ -52,6 +54,11 @@ def main(setup: Mapping[str, Any]) -> None:
     try:
         module, _, function = setup["load"].partition(":")
         rewards = getattr(importlib.import_module(module), function)(setup["rewards"])
+        standing = _equipped(rewards, setup)
+    except PreflightError as e:
+        problem = {name: value[-TEXT:] if value else None for name, value in asdict(e.problems[0]).items()}
+        control.send(json.dumps({"refused": problem}).encode())
+        return
     except RlkdError as e:
         control.send(json.dumps({"failed": str(e)[-TEXT:]}).encode())
         return
@@ -59,7 +66,7 @@ def main(setup: Mapping[str, Any]) -> None:
         control.send(json.dumps({"failed": traceback.format_exc()[-TEXT:]}).encode())
         return
     gc.freeze()  # what is loaded stays shared between the children
-    control.send(json.dumps({"ready": list(rewards)}).encode())
+    control.send(json.dumps({"ready": list(rewards), "standing": standing}).encode())
     keeper = _Keeper(control, rewards, setup["memory"])
     try:
         try:
@@ -68,6 +75,16 @@ def main(setup: Mapping[str, Any]) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # end of file and the signal come together; end_all must run
     finally:
         keeper.end_all()
+
+
+def _equipped(rewards: Mapping[str, Any], setup: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Where rewards that run code run it; None, and nothing is imported or tried, if there are none."""
+    if not any(getattr(reward, "runs_code", False) for reward in rewards.values()):
+        return None
+    from rlkd.engines.sandbox_rules import equip
+
+    standing = equip(rewards, setup["min_tier"], setup["accept_unsafe_code"])
+    return None if standing is None else asdict(standing)
 
 
 def _end_with(parent: int) -> None:

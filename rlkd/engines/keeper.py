@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from rlkd.core.errors import DataError
+from rlkd.core.errors import DataError, PreflightError, Problem
 
 ANSWER_S = 30.0  # for a fork or a kill; they take milliseconds
 _START = (
@@ -49,9 +49,11 @@ class Child:
 class Keeper:
     """A keeper process with the rewards loaded. Thread-safe; every wait is bounded."""
 
-    def __init__(self, rewards: bytes, load: str, memory: int, start_s: float) -> None:
+    def __init__(self, rewards: bytes, load: str, memory: int, start_s: float, code: Mapping[str, Any]) -> None:
+        """`code`: min_tier and accept_unsafe_code, for rewards that run code."""
         self.names: tuple[str, ...] = ()
-        self._setup = {"rewards": rewards, "load": load, "memory": memory}
+        self.standing: Mapping[str, Any] | None = None  # where such rewards run it; None: there are none
+        self._setup = {"rewards": rewards, "load": load, "memory": memory, **code}
         self._start_s = start_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -59,7 +61,8 @@ class Keeper:
         self._closed = False
 
     def start(self) -> None:
-        """Starts the process unless it runs. DataError if the rewards cannot be loaded in it."""
+        """Starts the process unless it runs. DataError if the rewards cannot be loaded in it; PreflightError if they
+        need a better sandbox than this machine has."""
         with self._lock:
             if self._process is None:
                 self._start()
@@ -125,10 +128,13 @@ class Keeper:
             self._process.kill()  # it may hang in an import, where it does not see that it should go
             self._discard()
             raise self._not_loaded(str(e)) from None
+        if "refused" in said:
+            self._discard()
+            raise PreflightError.of([Problem(**said["refused"])])
         if "failed" in said:
             self._discard()
             raise self._not_loaded(said["failed"])
-        self.names = tuple(said["ready"])
+        self.names, self.standing = tuple(said["ready"]), said["standing"]
 
     @staticmethod
     def _not_loaded(why: str) -> DataError:

@@ -11,7 +11,7 @@ options, beside `weight`. A reward that needs the whole group or the number of t
 `weight` and `score(prompt, answers)`, as every file of this folder is. None means "I cannot judge this one"; whatever
 raises, hangs, crashes or returns NaN is reported with its answer, and never becomes a 0 by itself.
 
-    math  exact  regex  choice  format  length  overlong  repetition  reasoning_gym  arithmetic
+    math  exact  regex  choice  format  length  overlong  repetition  reasoning_gym  arithmetic  code
 
 table.py      the names, and how rewards travel to the jail
 own.py        a user's own reward, from an import path or a file

@@ -39,7 +39,8 @@ class Choice:
         if alone is not None:
             return alone
         one = f"[{re.escape(self.letters)}]"
-        for pattern in (rf"(?i:answer)\s*(?i:is|:)?\s*:?\s*\**\(?({one})\b", rf"\(({one})\)"):
+        # possessive (`*+`): three runs of white space in a row would share a long one in n³ ways
+        for pattern in (rf"(?i:answer)\s*+(?i:is|:)?+\s*+:?+\s*+\**+\(?+({one})\b", rf"\(({one})\)"):
             found = re.findall(pattern, text)
             if found:
                 return str(found[-1])
@@ -47,7 +48,7 @@ class Choice:
 
     def _alone(self, text: str) -> str | None:
         r"""The letter if the text is a letter, perhaps with its option behind it; `\text{B}` is B."""
-        text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{(.*?)\}", r"\1", text).strip().strip("*$ ")
+        text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*+\{([^{}\n]*+)\}", r"\1", text).strip().strip("*$ ")
         letter = f"[{re.escape(self.letters)}]"
         found = re.fullmatch(rf"\(?({letter})(?:\)|[.:)]\s.*|[.:])?", text, re.IGNORECASE | re.DOTALL)
         return found.group(1).upper() if found else None

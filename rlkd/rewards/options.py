@@ -3,6 +3,7 @@
 import re
 
 from rlkd.core.errors import ConfigError
+from rlkd.rewards.backtracking import SECONDS, endless
 
 MISSING = "???"  # OmegaConf's mark for "must be given"
 
@@ -15,8 +16,14 @@ def wrong(reward: object, option: str, why: str, fix: str) -> ConfigError:
 
 
 def check_regex(reward: object, option: str) -> None:
-    """ConfigError unless the option is a regular expression of Python."""
+    """ConfigError unless the option is a regular expression of Python, and one that comes to an end."""
     try:
-        re.compile(getattr(reward, option))
-    except re.error as e:
+        pattern = getattr(reward, option)
+        re.compile(pattern)
+        text = endless(pattern)
+    except (re.error, RecursionError, OverflowError) as e:
         raise wrong(reward, option, f"not a regular expression ({e})", "see the `re` module's syntax") from None
+    if text is not None:
+        why = f"it takes more than {SECONDS} s on a text such as {text!r}, which it can match in too many ways"
+        fix = "no repetition inside another that can match the same: `(a+)+` is `a+`; or bound it, `{1,20}`"
+        raise wrong(reward, option, why, fix)

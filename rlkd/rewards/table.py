@@ -23,6 +23,7 @@ REWARDS: dict[str, str] = {
     "repetition": "rlkd.rewards.repetition:Repetition",
     "reasoning_gym": "rlkd.rewards.reasoning_gym:ReasoningGym",
     "arithmetic": "rlkd.rewards.arithmetic:Arithmetic",
+    "code": "rlkd.rewards.code:Code",
 }
 
 

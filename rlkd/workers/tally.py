@@ -13,6 +13,7 @@ from rlkd.core.types import Prompt, Sample
 from rlkd.core.verdict import Failure, Outcome, Verdict
 
 OnError = Literal["fail", "drop", "zero"]
+Repro = Callable[[Prompt, Answer], str]  # a command that judges an answer again, alone (rlkd.workers.repro)
 Mixer = Callable[[Mapping[str, float | None]], tuple[dict[str, float], float]]  # rlkd.rewards.mix.Mix
 
 WINDOW = 1000  # samples over which the share of unjudged ones is taken
@@ -33,7 +34,8 @@ log = logging.getLogger("rlkd.rewards")
 class Tally:
     """Turns verdicts into samples with rewards, by the recipe's `verifier.on_error`."""
 
-    def __init__(self, mix: Mixer, on_error: OnError, max_error_fraction: float) -> None:
+    def __init__(self, mix: Mixer, on_error: OnError, max_error_fraction: float, repro: Repro | None = None) -> None:
+        self._repro, self._errors = repro, 0
         self._mix, self._on_error, self._max_error_fraction = mix, on_error, max_error_fraction
         self._counts = Counter[str]()
         self._recent: deque[bool] = deque(maxlen=WINDOW)
@@ -44,8 +46,10 @@ class Tally:
 
     def counts(self) -> dict[str, int]:
         """Answers by outcome (scored, raised, timeout, crashed, memory, bad_value), and: unjudged (a reward said None),
-        recovered (fine when judged again), zeroed (on_error=zero), workers_lost."""
-        names = [*(o.value for o in Outcome), "unjudged", "recovered", "zeroed", "workers_lost"]
+        recovered (fine when judged again), zeroed (on_error=zero), workers_lost, rechecked and disagreed
+        (verifier.recheck_fraction)."""
+        more = ("unjudged", "recovered", "zeroed", "workers_lost", "rechecked", "disagreed")
+        names = [*(o.value for o in Outcome), *more]
         return {name: self._counts[name] for name in names}
 
     def settle(
@@ -61,6 +65,8 @@ class Tally:
                 continue
             if verdict.retried:
                 self.count("recovered")
+            if verdict.agrees is not None:
+                self._rechecked(prompt, answer, verdict)
             scores, reward = self._mix(verdict.scores)
             if math.isnan(reward):
                 self.count("unjudged")
@@ -71,15 +77,38 @@ class Tally:
         self._check()
         return tuple(settled)
 
+    def _rechecked(self, prompt: Prompt, answer: Answer, verdict: Verdict) -> None:
+        """A reward that says two things of one answer teaches noise: counted, and said."""
+        self.count("rechecked")
+        if verdict.agrees:
+            return
+        self.count("disagreed")
+        if self._counts["disagreed"] <= SHOWN:
+            log.warning(
+                "the rewards gave prompt %r's answer %r the scores %s, and others when asked again: %d of %d answers "
+                "judged twice so far (verifier.recheck_fraction)",
+                prompt.id,
+                answer.text[:200],
+                dict(verdict.scores),
+                self._counts["disagreed"],
+                self._counts["rechecked"],
+            )
+
+    def disagreement(self) -> float:
+        """The share of answers judged twice that got other scores the second time; NaN if none was."""
+        return self._counts["disagreed"] / self._counts["rechecked"] if self._counts["rechecked"] else math.nan
+
     def _failed(self, prompt: Prompt, sample: Sample, answer: Answer, failure: Failure) -> Sample:
-        error = failure_error(prompt, answer, failure)
+        self._errors += 1
+        shown = self._on_error == "fail" or self._errors <= SHOWN
+        again = self._repro(prompt, answer) if self._repro is not None and shown else None
+        error = failure_error(prompt, answer, failure, again)
         if self._on_error == "fail":
             raise error
         self._recent.append(True)
         self._last = f"`{failure.reward}` {failure.outcome.value} on prompt {prompt.id!r}: {failure.headline}"
-        failures = sum(self._counts[o.value] for o in Outcome if o is not Outcome.SCORED)
-        if failures <= SHOWN:
-            log.warning("%s\n  = counted from here on (%d of %d shown)", error, failures, SHOWN)
+        if shown:
+            log.warning("%s\n  = counted from here on (%d of %d shown)", error, self._errors, SHOWN)
         if self._on_error == "zero":
             self.count("zeroed")
             return replace(sample, scores={}, reward=0.0)
@@ -99,12 +128,14 @@ class Tally:
         )
 
 
-def failure_error(prompt: Prompt, answer: Answer, failure: Failure) -> DataError:
-    """The one error for an answer that a reward failed on: reward, outcome, prompt, answer, its last words, the fix."""
+def failure_error(prompt: Prompt, answer: Answer, failure: Failure, again: str | None = None) -> DataError:
+    """The one error for an answer that a reward failed on: reward, outcome, prompt, answer, its last words, the fix,
+    and the command that judges it `again`."""
     what = f"the reward `{failure.reward or '?'}` failed ({failure.outcome.value}) on prompt {prompt.id!r}"
     lines = [what, *(f"    {line}" for line in failure.detail.splitlines()[-8:])]
     if failure.output.strip():
         lines += ["  it printed, at the end:", *(f"    {line}" for line in failure.output.splitlines()[-5:])]
     text = answer.text if len(answer.text) <= 200 else answer.text[:200] + "…"
     fix = f"{_FIXES[failure.outcome]}; verifier.on_error=drop leaves such answers out and counts them"
+    fix += f"\n  = to see it alone: {again}" if again else ""
     return DataError("RLKD-D301", "\n".join(lines), where=f"answer {text!r}, to be {prompt.answer!r}", fix=fix)

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import psutil
 import pytest
 import ray
 
-from rlkd.core.errors import DataError, WorkerLost
+from rlkd.core.errors import DataError, PreflightError, WorkerLost
 from rlkd.core.ports import Verify
 from rlkd.core.types import Origin, Prompt, Sample
+from rlkd.engines.sandbox import Tier, probe
 from rlkd.rewards.mix import Mix
 from rlkd.rewards.table import find, pack
 from rlkd.workers.reward import RewardPool, WorkerOptions
@@ -44,6 +46,12 @@ def cluster() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def failed_answers_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the driver writes the answers that a reward failed on."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
 @pytest.fixture
@@ -158,6 +166,65 @@ def test_on_error_zero(pool: Make) -> None:
     made = pool(f"{PATHOLOGICAL}:raises", on_error="zero")
     assert rewards_of(asyncio.run(made(PROMPT, [sample("42"), sample("poison")]))) == [1.0, 0.0]
     assert made.counts()["zeroed"] == 1
+
+
+@pytest.mark.faults("F40", "F41")
+def test_code_runs_in_the_sandbox_of_the_worker_s_machine_or_the_pool_does_not_start() -> None:
+    tier = probe().tier
+    rewards = {"code": find("code")()}
+    prompt = replace(PROMPT, metadata={"tests": ["assert True"]})
+    limits = WorkerOptions(timeout_s=60.0, recheck_fraction=1.0)
+    made = RewardPool(pack(rewards), Mix.of(rewards), text_of, options=limits)
+
+    async def judge() -> tuple[Sample, ...]:
+        await made.start()
+        return await made(prompt, [sample("42"), sample("poison")])
+
+    try:
+        if tier is not Tier.SANDBOX:
+            with pytest.raises(PreflightError, match="RLKD-E310"):
+                asyncio.run(judge())
+            return
+        assert rewards_of(asyncio.run(judge())) == [1.0, 0.0]  # `42` is a program, `poison` is a NameError
+        assert made.notes() == ["reward-0 runs the models' code in tier userns+landlock"]
+        assert made.metrics() == {"verifier_disagreement": 0.0}
+        assert made.counts()["rechecked"] == 2
+    finally:
+        made.close()
+
+
+def test_a_pool_refuses_code_with_exit_3_through_ray(tmp_path: Path) -> None:
+    poor = tmp_path / "poor.py"
+    poor.write_text(POOR)
+    rewards = {"code": find(f"{poor}:Mine")()}
+    made = RewardPool(pack(rewards), Mix.of(rewards), text_of)
+    accepted = RewardPool(pack(rewards), Mix.of(rewards), text_of, options=WorkerOptions(accept_unsafe_code=True))
+    try:
+        with pytest.raises(PreflightError, match="RLKD-E310") as caught:
+            asyncio.run(made.start())
+        assert caught.value.exit_code == 3
+        asyncio.run(accepted.start())
+        (note,) = accepted.notes()
+        assert note.startswith("WARNING, accepted by verifier.accept_unsafe_code: no Landlock here; ")
+    finally:
+        made.close()
+        accepted.close()
+
+
+POOR = """
+import sys
+from dataclasses import dataclass
+import rlkd.engines.sandbox_rules as rules
+from rlkd.engines.sandbox import Found, Tier
+from rlkd.rewards.code import Code
+
+@dataclass(frozen=True)
+class Mine(Code):
+    pass
+
+if "pytest" not in sys.modules:  # in the keeper's process, a machine without a sandbox
+    rules.probe = lambda: Found(Tier.PROCESS, "no Landlock here")
+"""
 
 
 def test_a_reward_that_cannot_be_loaded_in_the_worker(tmp_path: Path) -> None:
