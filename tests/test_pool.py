@@ -1,14 +1,8 @@
-"""The pool of workers against fakes: who gets work, what a loss looks like from outside, what a replacement must show.
-
-`Fakes` is a cluster in miniature: it makes workers on demand, counts them, and can have them die, hang or lie.
-"""
+"""The pool of workers on fakes: who gets work, what a loss looks like from outside, what a replacement must show."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 from ray.exceptions import (
     ActorDiedError,
@@ -21,117 +15,11 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from rlkd.core.errors import DataError, InfrastructureError, PreflightError, WorkerLost
-from rlkd.core.ports import Completion, Model, Sampling, WeightRef
+from rlkd.core.errors import DataError, InfrastructureError, NoWorkers, PreflightError, WorkerLost
+from rlkd.core.ports import Model, Sampling, WeightRef
 from rlkd.core.types import Finish
 from rlkd.workers.pool import Pool, PoolOptions
-
-PROMPT = np.arange(12, dtype=np.int32)
-SAMPLING = Sampling(max_tokens=4)
-QUICK = PoolOptions(timeout_s=5.0, start_s=5.0, sync_s=5.0, backoff_s=0.001)
-
-
-def weights(version: int) -> WeightRef:
-    return WeightRef(version, "somewhere", f"digest-{version}")
-
-
-class Remote:
-    """A method of a handle, as Ray has them."""
-
-    def __init__(self, call: Callable[..., Coroutine[Any, Any, Any]]) -> None:
-        self._call = call
-
-    def remote(self, *arguments: Any) -> Coroutine[Any, Any, Any]:
-        return self._call(*arguments)
-
-
-class FakeWorker:
-    """Remote methods over a coroutine each; behaves as its cluster says."""
-
-    def __init__(self, cluster: "Fakes", index: int, generation: int) -> None:
-        self.cluster, self.index, self.generation = cluster, index, generation
-        self.version, self.digest = 0, ""
-        self.dead = asyncio.Event()
-        self.generated = 0
-
-    def __getattr__(self, name: str) -> Remote:
-        return Remote(getattr(type(self), f"do_{name}").__get__(self))
-
-    async def do_start(self) -> float:
-        await self.cluster.on_start(self)
-        return 0.0
-
-    async def do_generate(self, tokens: np.ndarray, n: int, seed: int, sampling: Sampling) -> list[Completion]:
-        self.generated += 1
-        self.cluster.work.append((self.index, self.generation, self.version))
-        await self.cluster.on_generate(self)
-        written = np.full(sampling.max_tokens, self.index, np.int32)
-        return [
-            Completion(written, np.zeros(len(written), np.float32), Finish.LENGTH, (self.version, self.version))
-        ] * n
-
-    async def do_logp(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
-        return [np.zeros(len(s), np.float32) for s in sequences]
-
-    async def do_load(self, ref: WeightRef) -> str:
-        await self.cluster.on_load(self, ref)
-        self.version, self.digest = ref.version, ref.digest
-        return ref.digest
-
-    async def do_status(self) -> tuple[int, str, int]:
-        await self.cluster.on_status(self)
-        return self.version, self.digest, 0
-
-    async def do_abort(self) -> int:
-        return 2
-
-
-async def nothing(*_: Any) -> None:
-    """The behaviour of a healthy worker."""
-
-
-@dataclass
-class Fakes:
-    """Hooks that may raise, wait or change the worker; and what happened."""
-
-    on_start: Callable[[FakeWorker], Coroutine[Any, Any, None]] = nothing
-    on_generate: Callable[[FakeWorker], Coroutine[Any, Any, None]] = nothing
-    on_load: Callable[[FakeWorker, WeightRef], Coroutine[Any, Any, None]] = nothing
-    on_status: Callable[[FakeWorker], Coroutine[Any, Any, None]] = nothing
-    made: list[FakeWorker] = field(default_factory=list)
-    killed: list[FakeWorker] = field(default_factory=list)
-    work: list[tuple[int, int, int]] = field(default_factory=list)  # worker, generation, version at each generate
-
-    def spawn(self, index: int) -> FakeWorker:
-        worker = FakeWorker(self, index, sum(w.index == index for w in self.made))
-        self.made.append(worker)
-        return worker
-
-    def pool(self, size: int = 2, options: PoolOptions = QUICK) -> Pool:
-        return Pool("rollout", self.spawn, size, SAMPLING, options, kill=self.killed.append)
-
-
-async def forever() -> None:
-    await asyncio.Event().wait()
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 20))
-
-
-def dies(generation: int = 0, index: int | None = None) -> Callable[[FakeWorker], Coroutine[Any, Any, None]]:
-    """A hook: workers of this generation die."""
-
-    async def hook(worker: FakeWorker) -> None:
-        if worker.generation == generation and index in (None, worker.index):
-            raise ActorDiedError()
-
-    return hook
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
+from tests.pool_fakes import PROMPT, SAMPLING, Fakes, FakeWorker, dies, forever, run, until, weights
 
 
 def test_it_is_a_model_and_holds_the_default_sampling() -> None:
@@ -209,6 +97,7 @@ LOSSES = [
 ]
 
 
+@pytest.mark.faults("F1", "F12")
 @pytest.mark.parametrize("error", LOSSES, ids=lambda e: type(e).__name__)
 def test_every_way_to_lose_a_worker_is_worker_lost_and_the_worker_is_replaced(error: Exception) -> None:
     async def test() -> None:
@@ -224,7 +113,7 @@ def test_every_way_to_lose_a_worker_is_worker_lost_and_the_worker_is_replaced(er
         assert fakes.killed == fakes.made[:1]
         assert (await pool.generate(PROMPT))[0].finish == Finish.LENGTH  # waits for the replacement
         assert fakes.work[-1][:2] == (0, 1)
-        assert pool.counts() == {"lost": 1, "replaced": 1}
+        assert pool.counts() == {"lost": 1, "preempted": 0, "replaced": 1}
         pool.close()
 
     run(test())
@@ -246,12 +135,13 @@ def test_errors_of_the_workers_code_are_not_losses() -> None:
         fakes.on_generate = bug
         with pytest.raises(RayTaskError):
             await pool.generate(PROMPT)
-        assert pool.counts() == {"lost": 0, "replaced": 0}
+        assert pool.counts() == {"lost": 0, "preempted": 0, "replaced": 0}
         pool.close()
 
     run(test())
 
 
+@pytest.mark.faults("F3")
 def test_a_worker_that_does_not_answer_is_lost_after_its_time() -> None:
     async def test() -> None:
         async def hang(worker: FakeWorker) -> None:
@@ -270,6 +160,7 @@ def test_a_worker_that_does_not_answer_is_lost_after_its_time() -> None:
     run(test())
 
 
+@pytest.mark.faults("F1")
 def test_everybody_who_waits_for_a_lost_worker_hears_of_it_at_once() -> None:
     """One call finds out; the others need not wait for their own time to run out."""
 
@@ -292,6 +183,7 @@ def test_everybody_who_waits_for_a_lost_worker_hears_of_it_at_once() -> None:
     run(test())
 
 
+@pytest.mark.faults("F1")
 def test_others_get_the_work_while_a_worker_is_replaced() -> None:
     async def test() -> None:
         gate = asyncio.Event()
@@ -315,6 +207,7 @@ def test_others_get_the_work_while_a_worker_is_replaced() -> None:
     run(test())
 
 
+@pytest.mark.faults("F1", "F17")
 def test_a_replacement_has_the_current_weights_before_it_gets_work() -> None:
     async def test() -> None:
         fakes = Fakes()
@@ -335,6 +228,7 @@ def test_a_replacement_has_the_current_weights_before_it_gets_work() -> None:
     run(test())
 
 
+@pytest.mark.faults("F17")
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_replacement_with_stale_weights_gets_no_work(checked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that says it loaded but still has other weights; without the handshake (control) it would be used."""
@@ -365,6 +259,7 @@ def test_a_replacement_with_stale_weights_gets_no_work(checked: bool, monkeypatc
     run(test())
 
 
+@pytest.mark.faults("F17")
 def test_weights_delivered_while_a_replacement_starts_reach_it_too() -> None:
     async def test() -> None:
         loading, gate = asyncio.Event(), asyncio.Event()
@@ -417,6 +312,7 @@ def test_a_replacement_is_not_blamed_for_a_version_overwritten_while_it_loaded()
     run(test())
 
 
+@pytest.mark.faults("F18")
 def test_who_does_not_acknowledge_is_removed_and_its_replacement_has_the_weights() -> None:
     """All or nothing: after deliver no worker with work has other weights, whatever went wrong on the way."""
 
@@ -484,6 +380,7 @@ def test_weights_nobody_can_load_end_the_run() -> None:
     run(test())
 
 
+@pytest.mark.faults("F16")
 def test_the_budget_of_replacements() -> None:
     """Three replacements without an answer in between, then InfrastructureError for everybody who waits."""
 
@@ -540,7 +437,7 @@ def test_waiting_calls_end_when_the_budget_is_spent() -> None:
             await pool.generate(PROMPT)
         calls = [pool.generate(PROMPT) for _ in range(3)]
         results = await asyncio.gather(*calls, return_exceptions=True)
-        assert [type(r) for r in results] == [InfrastructureError] * 3
+        assert [type(r) for r in results] == [NoWorkers] * 3
         assert len(fakes.made) == 4
         pool.close()
 
@@ -585,6 +482,7 @@ def test_a_bug_in_a_replacement_reaches_the_next_caller() -> None:
     run(test())
 
 
+@pytest.mark.faults("F3")
 def test_a_stuck_worker_is_found_although_nobody_waits_for_it() -> None:
     async def test() -> None:
         async def hang(worker: FakeWorker) -> None:
@@ -634,7 +532,7 @@ def test_close_kills_all_workers_and_ends_all_calls() -> None:
         await until(lambda: len(fakes.work) == 3)
         pool.close()
         results = await asyncio.gather(*calls, return_exceptions=True)
-        assert {type(r) for r in results} <= {WorkerLost, InfrastructureError}
+        assert {type(r) for r in results} <= {WorkerLost, NoWorkers}
         assert {w.index for w in fakes.killed} == {0, 1, 2}
         assert len(fakes.made) == 3
 

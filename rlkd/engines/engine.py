@@ -41,6 +41,7 @@ class Engine(ABC):
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
         self.version, self.digest = 0, ""  # of the weights in use; the digest is known once some were loaded
+        self.written = 0  # tokens written and sequences scored: grows while the engine gets anywhere
         self._jobs: dict[int, Job] = {}  # the thread's own: under way
         self._next_job = 0
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
@@ -185,6 +186,7 @@ class Engine(ABC):
         self._jobs[job.id] = job
 
     def _finish(self, job: Job, part: int, result: Any) -> None:
+        self.written += isinstance(job, Scoring)
         if job.finish(part, result):
             self._jobs.pop(job.id, None)
 

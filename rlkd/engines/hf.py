@@ -80,6 +80,7 @@ class HFEngine(Engine):
         logits = out.logits[:, -1].repeat(draft.job.count, 1)
         while True:
             tokens = draft.append(logits, self.version)
+            self.written += len(draft.rows)
             alive = draft.alive()
             for row, sample in enumerate(draft.rows):
                 if not alive[row]:

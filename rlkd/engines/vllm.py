@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlkd.core.errors import PreflightError
+from rlkd.core.errors import PreflightError, WorkerLost
 from rlkd.core.ports import Completion, WeightRef
 from rlkd.core.types import Finish, TopK
 from rlkd.engines.device import pick_device, pick_dtype
@@ -58,6 +58,7 @@ class VLLMEngine(Engine):
         prepare(options)
         self._engine: Any = None
         self._parts: dict[str, _Part] = {}  # by request id
+        self._ended = self._seen = 0  # tokens of requests that ended; of these and of running ones, at the last step
 
     # --- the model
 
@@ -161,11 +162,25 @@ class VLLMEngine(Engine):
             temperature=0.0, max_tokens=1, prompt_logprobs=k, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
 
+    def status(self) -> tuple[int, str, int]:
+        """As of every engine; WorkerLost too if a process of another rank of its tensors ended."""
+        if getattr(getattr(self._engine, "model_executor", None), "is_failed", False):
+            raise WorkerLost("VLLMEngine: a process of sampler.tensor_parallel ended")
+        return super().status()
+
     def _step(self) -> None:
         for output in self._engine.step():
             if output.finished:
                 part = self._parts.pop(output.request_id)
                 self._finish(part.job, part.number, self._result(part, output))
+        self._count()
+
+    def _count(self) -> None:
+        """Tokens written by now. vLLM says what a request has only at its end, but keeps it where it can be counted."""
+        running = self._engine.output_processor.request_states.values()
+        now = self._ended + sum(state.detokenizer.num_output_tokens() for state in running)
+        self.written += max(0, now - self._seen)
+        self._seen = now
 
     def _result(self, part: "_Part", output: Any) -> Any:
         if isinstance(part.job, Scoring):
@@ -174,6 +189,7 @@ class VLLMEngine(Engine):
 
     def _completion(self, part: "_Part", output: Any) -> Completion:
         tokens = np.asarray(output.token_ids, np.int32)
+        self._ended += len(tokens)
         logp = [at[t].logprob for at, t in zip(output.logprobs or [], output.token_ids, strict=True)]
         finish = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORTED}[output.finish_reason]
         spans = getattr(output, "weight_versions", None) or []  # vLLM 0.24 does not tell: then since it was taken up

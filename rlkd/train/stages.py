@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -13,6 +14,7 @@ class Stages:
 
     seconds: dict[str, float] = field(default_factory=dict)
     waiting: dict[int, tuple[str, float]] = field(default_factory=dict)  # what, since when (monotonic seconds)
+    moved: float = field(default_factory=time.monotonic)  # when a stage last began or ended
     _active: dict[str, int] = field(default_factory=dict)
     _since: dict[str, float] = field(default_factory=dict)
     _next: int = 0
@@ -22,6 +24,7 @@ class Stages:
         """Counts as stage `name`; `on` says what exactly is awaited."""
         now = time.monotonic()
         key, self._next = self._next, self._next + 1
+        self.moved = now
         self.waiting[key] = (f"{name} {on}".strip(), now)
         if not self._active.get(name):
             self._since[name] = now
@@ -29,6 +32,7 @@ class Stages:
         try:
             yield
         finally:
+            self.moved = time.monotonic()
             del self.waiting[key]
             self._active[name] -= 1
             if not self._active[name]:
@@ -44,13 +48,40 @@ class Stages:
         seconds, self.seconds = self.seconds, {}
         return seconds
 
-    async def watch(self, stall_s: float, tell: Callable[[str], None]) -> None:
-        """Every `stall_s` seconds, tell of waits older than that: what, and for how long. Never returns."""
+    async def watch(
+        self,
+        stall_s: float,
+        tell: Callable[[str], None],
+        stalled: Callable[[str], Awaitable[None]] | None = None,
+        counters: Callable[[], Any] = tuple,
+    ) -> None:
+        """Every `stall_s` seconds, tell of waits older than that: what, and for how long. When besides nothing at all
+        has moved for that long (no stage begun or ended, and `counters()`, tokens written and the like, the same),
+        `stalled` is called with the waits in words, once until something moves again. Never returns, except by an error
+        that `stalled` raises."""
+        seen, since, called = counters(), time.monotonic(), False
         while True:
             await asyncio.sleep(stall_s)
-            now = time.monotonic()
-            late = sorted((since, what) for what, since in self.waiting.values() if now - since > stall_s)
-            if late:
-                lines = [f"{what}: {now - since:.0f} s" for since, what in late[:8]]
-                more = f" … and {len(late) - 8} more" if len(late) > 8 else ""
-                tell(f"still waiting ({len(late)}): " + "; ".join(lines) + more)
+            now, new = time.monotonic(), counters()
+            if new != seen:
+                seen, since = new, now
+            still = now - max(since, self.moved) >= stall_s
+            called = called and still
+            late = self.late(stall_s)
+            if not late:
+                continue
+            tell(f"still waiting ({len(late)}): {late_in_words(late)}")
+            if still and stalled is not None and not called:
+                called = True
+                await stalled(late_in_words(late))
+
+    def late(self, at_least_s: float = 0.0) -> list[tuple[str, float]]:
+        """What has been awaited for so long and for how many seconds; the longest first."""
+        now = time.monotonic()
+        return [(what, now - since) for since, what in sorted((s, w) for w, s in self.waiting.values())
+                if now - since > at_least_s]  # fmt: skip
+
+
+def late_in_words(late: Sequence[tuple[str, float]], most: int = 8) -> str:
+    more = f" … and {len(late) - most} more" if len(late) > most else ""
+    return "; ".join(f"{what}: {seconds:.0f} s" for what, seconds in late[:most]) + more

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from rlkd.core.batch import MicroBatch, Shares
-from rlkd.core.errors import LearnerLost, RlkdError, WorkerLost
+from rlkd.core.errors import LearnerLost, RlkdError, SaveFailed, WorkerLost
 from rlkd.core.ports import Algorithm, Knobs, WeightRef
+from rlkd.workers import stacks
 from rlkd.workers.ask import call
 
 ENGINE = "rlkd.engines.deepspeed"
 START_S = 600.0  # to load the model and meet
+CLOSE_S = 10.0  # to remove what was published; a rank that hangs is killed all the same
 STORE_S = 60.0  # to open the store where the ranks meet
 CAUSE_S = 10.0  # between a broken connection and Ray's word that its other end died
 
@@ -45,6 +48,7 @@ class LearnerRank:
         """Load the model and meet the other ranks; `store` is host:port of rank 0's."""
         from torch.distributed import TCPStore
 
+        stacks.listen()
         engine = importlib.import_module(ENGINE)
         model = importlib.import_module("rlkd.engines.model").ModelOptions(**options["model"])
         made = engine.RankOptions(**{**options, "model": model})
@@ -68,11 +72,15 @@ class LearnerRank:
         ref: WeightRef = self._publisher.publish(version, self._engine.weights())
         return ref
 
-    def save(self, path: str) -> None:
-        self._engine.save(path)
+    def save(self, path: str) -> dict[str, str]:
+        """Write this rank's part; digests of its components."""
+        digests: dict[str, str] = self._engine.save(path)
+        return digests
 
-    def load(self, path: str) -> None:
-        self._engine.load(path)
+    def load(self, path: str) -> dict[str, str]:
+        """Digests of the components that must be those of the save: all of them with the same ranks and stage."""
+        digests: dict[str, str] = self._engine.load(path)
+        return digests
 
     def export(self, path: str) -> None:
         """A Hugging Face folder, and probe.json beside it: log-probs to compare a copy with."""
@@ -86,11 +94,13 @@ class LearnerRank:
         if self._publisher is not None:
             self._publisher.close()
 
-    def pid(self) -> int:
-        return os.getpid()
+    def probe(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self._engine.probe()
+        return found
 
-    def host(self) -> str:
-        return socket.gethostname()
+    def place(self) -> dict[str, Any]:
+        node = ray.get_runtime_context().get_node_id()
+        return {"pid": os.getpid(), "host": socket.gethostname(), "node": node}
 
 
 class LearnerGroup:
@@ -110,6 +120,7 @@ class LearnerGroup:
         self._ranks, self._spawn, self._options, self._algorithm = ranks, spawn, options, algorithm
         self._deliver, self._end = deliver, end
         self._actors: list[Any] = []
+        self._places: list[dict[str, Any]] = []
 
     @property
     def ranks(self) -> int:
@@ -117,8 +128,14 @@ class LearnerGroup:
 
     async def start(self) -> None:
         self._actors = [self._spawn(rank) for rank in range(self._ranks)]
+        self._places = await self._all("place", START_S, *[()] * self._ranks)
         store = await self._one(0, "open_store", START_S)
         await self._all("start", START_S, *[(store, self._options, self._algorithm)] * self._ranks)
+
+    def roster(self) -> dict[str, dict[str, Any]]:
+        """Where the ranks are, by name (workers/roster.py)."""
+        state = "is there" if self._actors else "was lost"
+        return {f"learner-{rank}": {**place, "state": state} for rank, place in enumerate(self._places)}
 
     async def update(self, batch: list[list[MicroBatch]], knobs: Knobs) -> Mapping[str, float]:
         columns = [([turn[rank] for turn in batch], knobs) for rank in range(self._ranks)]
@@ -129,20 +146,43 @@ class LearnerGroup:
         refs = await self._all("publish", self._timeout_s, *[(version,)] * self._ranks)
         await self._deliver(refs[0])
 
-    async def save(self, path: str) -> None:
-        await self._all("save", self._timeout_s, *[(os.path.abspath(path),)] * self._ranks)
+    async def save(self, path: str) -> Mapping[str, str]:
+        """Digests by `rank-0/weights`, …. SaveFailed if a rank could not write."""
+        return self._named(await self._written("save", path))
 
-    async def load(self, path: str) -> None:
-        await self._all("load", self._timeout_s, *[(os.path.abspath(path),)] * self._ranks)
+    async def load(self, path: str) -> Mapping[str, str]:
+        return self._named(await self._all("load", self._timeout_s, *[(os.path.abspath(path),)] * self._ranks))
 
     async def export(self, path: str) -> None:
-        await self._all("export", self._timeout_s, *[(os.path.abspath(path),)] * self._ranks)
+        await self._written("export", path)
+
+    async def _written(self, method: str, path: str) -> list[Any]:
+        """The ranks write something, and can go on if that fails: unless they wait for each other in it (export)."""
+        calls, together = [(os.path.abspath(path),)] * self._ranks, self._ranks > 1 and method == "export"
+        try:
+            return await self._all(method, self._timeout_s, *calls, fatal=together)
+        except RayTaskError as error:
+            cause = f"{method}: {type(error.cause).__name__}: {error.cause}"
+            raise (LearnerLost if together else SaveFailed)(cause) from error
+
+    def _named(self, digests: Sequence[Mapping[str, str]]) -> dict[str, str]:
+        return {f"rank-{rank}/{part}": digest for rank, d in enumerate(digests) for part, digest in d.items()}
+
+    async def probe(self) -> Mapping[str, Any]:
+        """Tokens, and the log-probs that the policy gives them now (engines/deepspeed.py)."""
+        answers: list[Mapping[str, Any]] = await self._all("probe", self._timeout_s, *[()] * self._ranks)
+        return answers[0]
+
+    async def rebuild(self) -> None:
+        """New ranks in the place of lost ones, as at the start: nothing of the old ones is left."""
+        self.kill()
+        await self.start()
 
     async def finish(self) -> None:
         """Remove the published weights and end the actors."""
         if self._actors:
             with suppress(LearnerLost):  # it is gone already; its files go with the run's weights directory
-                await self._one(0, "close", STORE_S)
+                await self._one(0, "close", CLOSE_S)
         self.kill()
 
     def kill(self) -> None:
@@ -154,14 +194,16 @@ class LearnerGroup:
     def _timeout_s(self) -> float:
         return float(self._options["timeout_s"])
 
-    async def _all(self, method: str, timeout_s: float, *arguments: tuple[Any, ...]) -> list[Any]:
-        """Call every rank at once. The first error ends all ranks: without one the others hang in a collective."""
+    async def _all(self, method: str, timeout_s: float, *arguments: tuple[Any, ...], fatal: bool = True) -> list[Any]:
+        """Call every rank at once. The first error ends all ranks: without one the others hang in a collective.
+        With `fatal=False` only the loss of a rank does."""
         calls = [asyncio.ensure_future(self._one(r, method, timeout_s, *a)) for r, a in enumerate(arguments)]
         try:
             return list(await asyncio.gather(*calls))
         except Exception as error:
             cause = await _cause(error, calls)
-            self.kill()
+            if fatal or isinstance(cause, LearnerLost):
+                self.kill()
             if cause is error:
                 raise
             raise cause from error

@@ -2,11 +2,16 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlkd.core.errors import PreflightError
@@ -44,17 +49,31 @@ class Placement:
 
     group: PlacementGroup
     bundles: tuple[Bundle, ...]
+    leaving: set[str] = field(default_factory=set)  # nodes that go away
 
     def options(self, role: str) -> dict[str, Any]:
-        """Ray actor options that put `role` into its bundle."""
+        """Ray actor options that put `role` into its bundle. While the bundle is on a node that goes away: anywhere,
+        which is where Ray finds room on another node (it places nothing on a node that drains)."""
         index = next(i for i, b in enumerate(self.bundles) if b.role == role)
         resources = self.bundles[index].resources
         return {
             "num_cpus": resources["CPU"],
             "num_gpus": resources.get("GPU", 0),
             "max_restarts": 0,  # Ray would restart an actor with its first weights; supervision is ours
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index),
+            "scheduling_strategy": "DEFAULT" if self._leaves(index) else self._bundle(index),
         }
+
+    def _bundle(self, index: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index)
+
+    def _leaves(self, index: int) -> bool:
+        if not self.leaving:
+            return False
+        return placement_group_table(self.group)["bundles_to_node_id"].get(index) in self.leaving
+
+    def leave(self, node: str) -> None:
+        """From now on put nobody on this node."""
+        self.leaving.add(node)
 
     def release(self) -> None:
         remove_placement_group(self.group)

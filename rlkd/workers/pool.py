@@ -1,13 +1,10 @@
-"""Several workers behind one `Model`: routing, deadlines, replacement of the lost, the same weights for all.
-
-Ray restarts nothing here. An actor it restarts comes back with its first weights, and the caller cannot tell; a worker
-made by the pool gets no work before it has reported the version and digest that the pool delivered last.
+"""Several workers behind one `Model`: routing, deadlines, the same weights for all. What becomes of lost workers is in
+crew.py; a replacement gets no work before it has reported the version and digest that the pool delivered last.
 """
 
 import asyncio
-import logging
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,29 +15,19 @@ from rlkd.core.errors import InfrastructureError, RlkdError, WorkerLost
 from rlkd.core.ports import Completion, Sampling, WeightRef
 from rlkd.core.types import TopK
 from rlkd.workers.ask import Slot, ask
+from rlkd.workers.crew import Crew, Stacks
+from rlkd.workers.limits import PoolOptions
+from rlkd.workers.rollout import Reading
 
-log = logging.getLogger("rlkd.workers")
-
-
-@dataclass(frozen=True)
-class PoolOptions:
-    """Deadlines in seconds, and how much may go wrong."""
-
-    timeout_s: float = 600.0  # of one call
-    start_s: float = 600.0  # until a new worker is ready for weights
-    sync_s: float = 300.0  # until a worker has loaded them
-    probe_s: float | None = None  # ask every worker for its status this often; one that does not answer is lost
-    at_once: int | None = None  # calls under way on one worker; None: it queues by itself
-    replacements: int = 3  # of one worker in a row, without an answer in between
-    backoff_s: float = 1.0  # before the second replacement in a row; doubles from then on
+__all__ = ["Pool", "PoolOptions"]
 
 
-class Pool:
-    """`size` workers, made by `spawn(index)`: handles with remote methods start, generate, logp, topk, load, status.
+class Pool(Crew):
+    """`size` workers, made by `spawn(index)`: handles with the remote methods of RolloutWorker.
 
     All calls must come from one event loop. A worker that dies, is stuck or reports other weights than it should is
-    killed and replaced; its callers get WorkerLost at once. When one place needs more than `replacements` in a row
-    every call raises InfrastructureError.
+    killed and replaced; its callers get WorkerLost at once. `was_draining(node)` says whether a node is known to go
+    away: what is lost there is nobody's fault. `stacks` takes those of a stuck worker before it is killed.
     """
 
     def __init__(
@@ -49,45 +36,16 @@ class Pool:
         spawn: Callable[[int], Any],
         size: int,
         sampling: Sampling | None = None,
-        options: PoolOptions = PoolOptions(),
+        options: PoolOptions | None = None,
         kill: Callable[[Any], None] = ray.kill,
+        tell: Callable[[str, str], None] = lambda *_: None,
+        was_draining: Callable[[str], bool] = lambda _: False,
+        stacks: Stacks | None = None,
     ) -> None:
+        super().__init__(name, spawn, size, options or PoolOptions(), kill, tell, was_draining, stacks)
         self.sampling = sampling  # what generate uses when it is not told
         self.version: int | None = None  # that every worker has acknowledged
-        self._name, self._size, self._spawn, self._kill, self._options = name, size, spawn, kill, options
-        self._slots: list[Slot] = []
         self._ref: WeightRef | None = None
-        self._fatal: str | None = None
-        self._changed = asyncio.Condition()
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._counts = {"lost": 0, "replaced": 0}
-
-    async def start(self) -> None:
-        """Make all workers and wait for them. What a worker's start can explain (an RlkdError) is raised as it is."""
-        self._slots = [Slot(i, f"{self._name}-{i}") for i in range(self._size)]
-        starting = [asyncio.create_task(self._bring_up(slot), name=f"start {slot.name}") for slot in self._slots]
-        try:
-            await asyncio.gather(*starting)
-            self._check()
-        except BaseException:
-            for task in starting:
-                task.cancel()
-            self.close()
-            raise
-        if self._options.probe_s is not None:
-            self._background(self._probe(self._options.probe_s), f"probe {self._name}")
-
-    def close(self) -> None:
-        """Kill the workers."""
-        self._fatal = f"{self._name}: the pool is closed"
-        for task in self._tasks:
-            task.cancel()
-        for slot in self._slots:
-            self._discard(slot, self._fatal)
-
-    def counts(self) -> dict[str, int]:
-        """Workers lost and replaced since the start."""
-        return dict(self._counts)
 
     # --- the Model
 
@@ -99,6 +57,14 @@ class Pool:
             raise ValueError(f"{self._name}: no Sampling was given, and the pool has no default")
         what = f"generate(prompt {len(tokens)}, samples {n})"
         written: list[Completion] = await self._call(n, what, "generate", tokens, n, seed, how)
+        for one in written:
+            if len(one.tokens) != len(one.logp):  # what is trained is these tokens, each with its own log-prob
+                raise InfrastructureError(
+                    "RLKD-I617",
+                    f"{what}: a sample of {len(one.tokens)} tokens came with {len(one.logp)} log-probs",
+                    where=self._name,
+                    fix="sampler.engine=hf, and report this with the versions that `rlkd doctor` prints",
+                )
         return written
 
     async def logp(self, sequences: Sequence[Int32[np.ndarray, "_"]]) -> list[Float32[np.ndarray, "_"]]:
@@ -122,24 +88,40 @@ class Pool:
             return 0
         return cut
 
+    async def canary(self, tokens: Int32[np.ndarray, "_"]) -> dict[str, Reading]:
+        """What every worker makes of the same tokens, by its name; who is lost meanwhile is left out."""
+        asked = [slot for slot in self._slots if slot.ready]
+        work = [self._guarded(s, s.handle, f"canary(tokens {len(tokens)})", "canary", tokens) for s in asked]
+        found = await asyncio.gather(*work, return_exceptions=True)
+        for error in found:
+            if isinstance(error, BaseException) and not isinstance(error, WorkerLost):
+                raise error
+        return {slot.name: reading for slot, reading in zip(asked, found, strict=True) if isinstance(reading, Reading)}
+
     # --- weights
 
     async def deliver(self, ref: WeightRef) -> None:
         """Give every worker these weights; returns when all have acknowledged them. Who does not is replaced, and the
-        replacement gets them before it gets work. InfrastructureError when nobody can be made to take them."""
+        replacement gets them before it gets work. NoWorkers when nobody can be made to take them."""
         self._ref = ref
         await asyncio.gather(*(self._deliver_to(slot, ref) for slot in self._slots if slot.ready))
         async with self._changed:
-            await self._changed.wait_for(lambda: self._fatal is not None or any(s.ready for s in self._slots))
+            await self._changed.wait_for(lambda: self._end is not None or any(s.ready for s in self._slots))
         self._check()
         self.version = ref.version
 
     async def _deliver_to(self, slot: Slot, ref: WeightRef) -> None:
         handle = slot.handle
+        slot.loading = True
         try:
             await self._hand_over(slot, ref)
-        except (WorkerLost, RlkdError) as error:
-            self._lose(slot, handle, str(error))
+        except WorkerLost as lost:
+            self._lose(slot, handle, lost)
+        except RlkdError as error:
+            self._lose(slot, handle, WorkerLost(str(error)))
+        finally:
+            slot.loading = False
+            slot.progress.begin(time.monotonic())
 
     async def _hand_over(self, slot: Slot, ref: WeightRef) -> None:
         """Weights to a worker, and its word that it uses them."""
@@ -151,6 +133,17 @@ class Pool:
                 f"{slot.name}.{what}: it reports version {version} (digest {digest[:12]}), "
                 f"not version {ref.version} (digest {ref.digest[:12]})"
             )
+
+    async def _equip(self, slot: Slot) -> None:
+        """Hand over weights until they are the current ones: others may be delivered in the meantime."""
+        done: WeightRef | None = None
+        while (ref := self._ref) is not done and ref is not None:
+            try:
+                await self._hand_over(slot, ref)
+                done = ref
+            except RlkdError as error:
+                if self._ref is ref:  # not just overwritten by the next version
+                    raise WorkerLost(str(error)) from error
 
     # --- calls
 
@@ -174,9 +167,11 @@ class Pool:
         if not self._slots:
             raise RuntimeError(f"{self._name}: the pool was not started")
         async with self._changed:
-            await self._changed.wait_for(lambda: self._fatal is not None or free())
+            await self._changed.wait_for(lambda: self._end is not None or free())
         self._check()
         slot = min(free(), key=lambda s: (s.load, s.calls))
+        if not slot.calls:
+            slot.progress.begin(time.monotonic())
         slot.load += load
         slot.calls += 1
         return slot
@@ -186,105 +181,8 @@ class Pool:
         try:
             answer = await ask(slot, handle, what, self._options.timeout_s, method, *arguments)
         except WorkerLost as error:
-            self._lose(slot, handle, str(error))
+            self._lose(slot, handle, error)
             self._check()
             raise
-        slot.failures = 0
+        slot.losses.answered()
         return answer
-
-    # --- supervision
-
-    def _check(self) -> None:
-        if self._fatal is not None:
-            raise InfrastructureError(
-                "RLKD-I611",
-                self._fatal,
-                where=self._name,
-                fix="the workers' logs (ray logs) say why: out of memory (lower sampler.max_num_seqs or kv_cache_gib), "
-                "or too slow (raise sampler.timeout_s)",
-            )
-
-    def _lose(self, slot: Slot, handle: Any, why: str) -> None:
-        """A worker is lost: no more work for it, its callers are told, another one is made. Once per worker."""
-        if handle is None or slot.handle is not handle:
-            return
-        self._discard(slot, why)
-        self._charge(slot, why)
-        if self._fatal is None:
-            self._background(self._bring_up(slot), f"replace {slot.name}")
-        else:
-            self._background(self._notify(), f"end of {self._name}")
-
-    def _discard(self, slot: Slot, why: str) -> None:
-        handle, slot.handle, slot.ready = slot.handle, None, False
-        if not slot.lost.done():
-            slot.lost.set_exception(WorkerLost(why))
-            slot.lost.exception()  # it is looked at by those who wait, if any do
-        if handle is not None:
-            self._kill(handle)
-
-    def _charge(self, slot: Slot, why: str) -> None:
-        self._counts["lost"] += 1
-        slot.failures += 1
-        log.warning("lost %s (%d in a row): %s", slot.name, slot.failures, why)
-        if slot.failures > self._options.replacements:
-            self._fatal = f"{slot.name} was lost {slot.failures} times in a row without an answer; the last time: {why}"
-
-    async def _bring_up(self, slot: Slot) -> None:
-        """Make workers for a slot until one has the current weights."""
-        while self._fatal is None:
-            if slot.failures > 1:
-                await asyncio.sleep(self._options.backoff_s * 2 ** (slot.failures - 2))
-            slot.lost = asyncio.get_running_loop().create_future()
-            slot.handle = self._spawn(slot.index)
-            try:
-                await ask(slot, slot.handle, "start()", self._options.start_s, "start")
-                await self._catch_up(slot)
-            except WorkerLost as error:
-                self._discard(slot, str(error))
-                self._charge(slot, str(error))
-                continue
-            slot.ready = True
-            self._counts["replaced"] += slot.failures > 0
-            break
-        await self._notify()
-
-    async def _catch_up(self, slot: Slot) -> None:
-        """Hand over weights until they are the current ones: others may be delivered in the meantime."""
-        done: WeightRef | None = None
-        while (ref := self._ref) is not done and ref is not None:
-            try:
-                await self._hand_over(slot, ref)
-                done = ref
-            except RlkdError as error:
-                if self._ref is ref:  # not just overwritten by the next version
-                    raise WorkerLost(str(error)) from error
-
-    async def _probe(self, every_s: float) -> None:
-        """A worker may be stuck while its actor lives, and nobody may be waiting for it: ask all now and then."""
-        while self._fatal is None:
-            await asyncio.sleep(every_s)
-            await asyncio.gather(*(self._probe_one(slot, every_s) for slot in self._slots if slot.ready))
-
-    async def _probe_one(self, slot: Slot, timeout_s: float) -> None:
-        handle = slot.handle
-        try:
-            await ask(slot, handle, "status()", timeout_s, "status")
-        except WorkerLost as error:
-            self._lose(slot, handle, str(error))
-
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
-
-    def _background(self, work: Any, name: str) -> None:
-        task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: "asyncio.Task[Any]") -> None:
-        """An error in a background task (a bug, or a worker's RlkdError at start) must reach whoever calls next."""
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._fatal = f"{task.get_name()} failed: {error}"
-            self._background(self._notify(), f"end of {self._name}")

@@ -3,19 +3,35 @@ nor the driver needs vLLM."""
 
 import asyncio
 import importlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 from jaxtyping import Float32, Int32
 
+from rlkd.core.errors import DataError
+from rlkd.core.faults import fault
 from rlkd.core.ports import Completion, Sampling, WeightRef
 from rlkd.core.types import TopK
+from rlkd.workers import stacks
+from rlkd.workers.vitals import Place, Vitals, here, memory
 
+CANARY = Sampling(max_tokens=4, temperature=0.0)
 ENGINES = {"vllm": "rlkd.engines.vllm:VLLMEngine", "hf": "rlkd.engines.hf:HFEngine"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a worker makes of fixed tokens."""
+
+    logp: Float32[np.ndarray, "_"]  # of each of them at temperature 1; NaN at the first
+    cached: float  # mean |difference| of tokens written after them through the prompt cache, from scoring the whole;
+    # NaN if they do not fit twice into the context
 
 
 class RolloutWorker:
@@ -28,6 +44,8 @@ class RolloutWorker:
     async def start(self) -> float:
         """Load the model (not in __init__, whose errors Ray turns into an actor that died). The seconds it took."""
         began = time.monotonic()
+        stacks.listen()
+        fault("rollout.start")
         await asyncio.to_thread(self._construct)
         return time.monotonic() - began
 
@@ -37,6 +55,7 @@ class RolloutWorker:
         self._engine.start()
 
     async def generate(self, tokens: Int32[np.ndarray, "p"], n: int, seed: int, sampling: Sampling) -> list[Completion]:
+        fault("rollout.generate")
         written: list[Completion] = await self._engine.generate(tokens, n, seed, sampling)
         return written
 
@@ -57,9 +76,29 @@ class RolloutWorker:
         version, digest, busy = self._engine.status()
         return version, digest, busy
 
+    async def vitals(self) -> Vitals:
+        """A sign of life; WorkerLost as `status`."""
+        version, digest, busy = self._engine.status()
+        return Vitals(version, digest, busy, getattr(self._engine, "written", 0), memory())
+
+    async def canary(self, tokens: Int32[np.ndarray, "_"]) -> Reading:
+        """Scores the tokens; and writes a little after them (twice over, for more than a block of a prompt cache),
+        which must be what scoring all of it afresh says."""
+        (logp,) = await self._engine.logp([tokens])
+        prompt = np.tile(tokens, 2)
+        try:
+            (written,) = await self._engine.generate(prompt, 1, 0, CANARY)
+            (whole,) = await self._engine.logp([np.concatenate([prompt, written.tokens])])
+        except DataError:  # no room
+            return Reading(logp, math.nan)
+        return Reading(logp, float(np.abs(written.logp - whole[len(prompt) :]).mean()))
+
     async def abort(self) -> int:
         cut: int = await self._engine.abort()
         return cut
+
+    async def where(self) -> Place:
+        return here()
 
     async def pid(self) -> int:
         return os.getpid()

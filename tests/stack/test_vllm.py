@@ -23,6 +23,7 @@ from rlkd.core.errors import DataError, WorkerLost
 from rlkd.core.ports import Completion, Sampling, WeightRef
 from rlkd.core.types import Finish
 from rlkd.engines.weights import Publisher
+from rlkd.train.canary import Off, compare
 from rlkd.workers.pool import Pool, PoolOptions
 from rlkd.workers.rollout import ENGINES, RolloutWorker, spawner
 from tests.engine_checks import CONTEXT, agreement, error_of, forward_logp, prompts, random_llama, shake
@@ -230,6 +231,40 @@ def test_the_prompt_cache_serves_nothing_of_old_weights(sampler: Sampler, protec
     run(test())
 
 
+@pytest.mark.faults("F17", "F19")
+@pytest.mark.parametrize("protected", [True, False])
+def test_the_canary_sees_old_weights_and_an_old_prompt_cache(sampler: Sampler, protected: bool) -> None:
+    """Without the salt and the emptying of the cache (control) what it writes is off from what it scores."""
+    tokens = np.random.default_rng(3).integers(0, 128, 32).astype(np.int32)
+
+    async def take_away(engine: Any) -> None:
+        engine._salt, engine._forget_old = (lambda: "same"), (lambda: None)
+
+    async def give_back(engine: Any) -> None:
+        del engine._salt, engine._forget_old
+        engine._engine.reset_prefix_cache()
+
+    async def off() -> Off:
+        expected = forward_logp(sampler.model, tokens).tolist()
+        [worst] = compare([None, *expected[1:]], {"rollout-0": await within(60, sampler.actor.canary.remote(tokens))})
+        return worst
+
+    async def test() -> None:
+        if not protected:
+            await sampler.probe(take_away)
+        assert (await off()).learner <= MAX  # and its prompt is in the cache now
+        ref = sampler.changed()
+        assert (await off()).learner > 0.01, "weights that were not delivered"
+        await sampler.load(ref)
+        after = await off()
+        assert after.learner <= MAX
+        assert after.cached <= MAX if protected else after.cached > 0.01
+        if not protected:
+            await sampler.probe(give_back)
+
+    run(test())
+
+
 # --- sampling
 
 
@@ -366,7 +401,7 @@ def test_a_killed_worker_is_replaced_by_one_with_the_current_weights(tmp_path: P
             written = await pool.generate(PROMPT, 4, 1, Sampling(20))  # by the replacement, once it is ready
             assert {c.versions for c in written} == {(2, 2)}
             assert error_of(model, [PROMPT], [written]).max <= MAX
-            assert pool.counts() == {"lost": 1, "replaced": 1}
+            assert pool.counts() == {"lost": 1, "preempted": 0, "replaced": 1}
             assert await pool._slots[0].handle.pid.remote() != pid
         finally:
             pool.close()

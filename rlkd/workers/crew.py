@@ -1,0 +1,312 @@
+"""Workers in their places: brought up, looked at, replaced when lost, moved off a node that goes away. `Pool` gives
+them work.
+
+Ray restarts nothing here. An actor it restarts comes back with its first weights, and the caller cannot tell; a worker
+made here gets no work before `_equip` has given it what the others have.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ray.exceptions import RayError
+
+from rlkd.core.errors import InfrastructureError, NodesGone, NoWorkers, WorkerLost
+from rlkd.workers.ask import Slot, ask
+from rlkd.workers.limits import End, PoolOptions
+from rlkd.workers.losses import Kind, Losses, Progress, kind_of
+from rlkd.workers.vitals import kernel_kills
+
+log = logging.getLogger("rlkd.workers")
+STACKS_S = 15.0  # for the stacks of a worker that is about to be killed
+
+Stacks = Callable[[str, Any], Awaitable[str]]  # a worker's name and Place -> where its stacks were written, in words
+
+
+class Crew:
+    """`size` workers, made by `spawn(index)`: handles with remote methods start, where, vitals.
+
+    Everything runs on one event loop. A worker that dies, hangs, or has work and makes no headway is killed and
+    replaced; who waits for it gets WorkerLost at once. One that is lost too often is out, and the others go on; when
+    all are out, or none is there for `nobody_s`, every call raises NoWorkers (NodesGone if their nodes went away).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spawn: Callable[[int], Any],
+        size: int,
+        options: PoolOptions,
+        kill: Callable[[Any], None],
+        tell: Callable[[str, str], None],
+        was_draining: Callable[[str], bool],
+        stacks: Stacks | None,
+    ) -> None:
+        self._name, self._size, self._spawn, self._kill, self._options = name, size, spawn, kill, options
+        self._tell, self._was_draining, self._stacks = tell, was_draining, stacks
+        self._slots: list[Slot] = []
+        self._leaving: list[Slot] = []
+        self._end: End | None = None
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._counts = {"lost": 0, "preempted": 0, "replaced": 0}
+        self._kernel_kills = kernel_kills()
+
+    async def _equip(self, slot: Slot) -> None:
+        """Give a new worker what it needs before it gets work. WorkerLost if it does not take it."""
+
+    # --- for others
+
+    async def start(self) -> None:
+        """Make all workers and wait for them. What a worker's start can explain (an RlkdError) is raised as it is."""
+        o = self._options
+        self._slots = [
+            Slot(i, f"{self._name}-{i}", losses=Losses(o.replacements, o.window_s, o.in_window))
+            for i in range(self._size)
+        ]
+        starting = [asyncio.create_task(self._bring_up(slot), name=f"start {slot.name}") for slot in self._slots]
+        try:
+            await asyncio.gather(*starting)
+            self._check()
+        except BaseException:
+            for task in starting:
+                task.cancel()
+            self.close()
+            raise
+        every = [s for s in (o.probe_s, o.stall_s and o.stall_s / 4) if s is not None]
+        if every:
+            self._background(self._look(min(every)), f"look at {self._name}")
+        self._background(self._count_heads(), f"count {self._name}")
+
+    def close(self) -> None:
+        """Kill the workers."""
+        self._end = End(f"{self._name}: the pool is closed")
+        for task in self._tasks:
+            task.cancel()
+        for slot in (*self._slots, *self._leaving):
+            self._discard(slot, WorkerLost(self._end.text))
+
+    def counts(self) -> dict[str, int]:
+        """Workers lost since the start, how many of these with their nodes, and workers replaced."""
+        return dict(self._counts)
+
+    def leave(self, node: str, left_s: float | None = None) -> int:
+        """The node goes away in `left_s` seconds: its workers get no more work and are replaced elsewhere (that is for
+        `spawn` to see to), and have until then to finish what they have. How many there are."""
+        here = [slot for slot in self._slots if slot.handle is not None and slot.place and slot.place.node == node]
+        for slot in here:
+            slot.ready, slot.leaving = False, True
+            self._counts["preempted"] += 1
+            self._leaving.append(slot)
+            new = self._slots[slot.index] = Slot(slot.index, slot.name, losses=slot.losses, made=slot.made)
+            slot.losses.last = Kind.PREEMPT
+            self._background(self._finish(slot, left_s), f"end of {slot.name} on a node that goes away")
+            self._background(self._bring_up(new), f"move {slot.name}")
+        if here:
+            names = ", ".join(slot.name for slot in here)
+            soon = "" if left_s is None else f" in {left_s:.0f} s"
+            self._tell("preempted", f"{names}: the node goes away{soon}; moving to another one")
+        return len(here)
+
+    def roster(self) -> dict[str, dict[str, Any]]:
+        """Who is where, doing what, for `rlkd why-stuck`: by worker's name."""
+        now = time.monotonic()
+        rows: dict[str, dict[str, Any]] = {}
+        for slot in (*self._leaving, *self._slots):
+            place = asdict(slot.place) if slot.place is not None and slot.handle is not None else {}
+            tokens = slot.vitals.tokens if slot.vitals is not None else None
+            waits = now - slot.progress.since if slot.ready and slot.calls else None
+            rows[slot.name] = {**place, "state": slot.state, "calls": slot.calls, "tokens": tokens, "idle_s": waits}
+        return rows
+
+    # --- bringing up
+
+    async def _bring_up(self, slot: Slot) -> None:
+        """Make workers for a slot until one has what it needs."""
+        while self._end is None and slot.out is None:
+            if pause := slot.losses.pause_s(self._options.backoff_s):
+                slot.state = f"waits {pause:g} s before it is started again"
+                await asyncio.sleep(pause)
+            slot.lost = asyncio.get_running_loop().create_future()
+            slot.place = slot.vitals = None
+            slot.state, slot.made = "is starting", slot.made + 1
+            slot.handle = self._spawn(slot.index)
+            try:
+                await ask(slot, slot.handle, "start()", self._options.start_s, "start")
+                slot.place = await ask(slot, slot.handle, "where()", self._options.start_s, "where")
+                await self._equip(slot)
+            except WorkerLost as error:
+                self._discard(slot, error)
+                self._charge(slot, error)
+                continue
+            slot.progress = Progress(since=time.monotonic())
+            slot.ready, slot.state = True, "is ready"
+            self._counts["replaced"] += slot.made > 1
+            break
+        await self._notify()
+
+    # --- looking after
+
+    async def _look(self, every_s: float) -> None:
+        """A worker may be stuck while its actor lives, and nobody may be waiting for it: ask all now and then."""
+        while self._end is None:
+            await asyncio.sleep(every_s)
+            timeout_s = self._options.probe_s or every_s
+            await asyncio.gather(*(self._look_at(slot, timeout_s) for slot in self._slots if slot.ready))
+
+    async def _look_at(self, slot: Slot, timeout_s: float) -> None:
+        handle, most = slot.handle, self._options.stall_s
+        try:
+            vitals = await ask(slot, handle, "vitals()", timeout_s, "vitals")
+            if slot.handle is not handle:
+                return
+            slot.vitals = vitals
+            at_work = slot.calls > 0 and not slot.loading
+            still_s = slot.progress.seen(vitals.tokens, at_work, time.monotonic())
+            if most is not None and still_s > most:
+                what = f"no token for {still_s:.0f} s with {slot.calls} calls under way"
+                raise WorkerLost(f"{slot.name}: {what}")
+        except WorkerLost as error:
+            if handle is not None and handle is slot.handle:
+                await self._told_lost(slot, error)
+            self._lose(slot, handle, error)
+
+    async def _told_lost(self, slot: Slot, lost: WorkerLost) -> None:
+        """Nobody may have been waiting for it: say so here. If it only hangs, with its stacks."""
+        if isinstance(lost.__cause__, RayError):
+            self._tell("worker_lost", f"{lost}; it is replaced")
+        else:
+            self._tell("stalled", f"{lost}{await self._stack(slot)}; it is killed and replaced")
+
+    async def _stack(self, slot: Slot) -> str:
+        """What it was doing, on disk; in words for the line about it."""
+        if self._stacks is None or slot.place is None:
+            return ""
+        try:
+            return "; " + await asyncio.wait_for(self._stacks(slot.name, slot.place), STACKS_S)
+        except TimeoutError:
+            return f"; its stacks could not be taken within {STACKS_S:g} s"
+
+    async def _count_heads(self) -> None:
+        """With no worker at all: say so now and then, and give up after `nobody_s`."""
+        limit, since, told = self._options.nobody_s, None, 0.0
+        while self._end is None:
+            await asyncio.sleep(min(1.0, limit / 10))
+            now = time.monotonic()
+            if any(slot.ready for slot in self._slots):
+                since = None
+                continue
+            if since is None:
+                since = told = now
+            about = f"no worker for {now - since:.0f} s: {_states(self._slots)}"
+            if now - since > limit:
+                gone = all(slot.losses.last is Kind.PREEMPT for slot in self._slots)
+                fix = "add nodes, or raise sampler.min_workers_timeout_s; `ray status` shows what the cluster has"
+                self._finish_all(End(f"{self._name}: {about}", "RLKD-I613", fix, NodesGone if gone else NoWorkers))
+                await self._notify()
+            elif now - told >= self._options.status_s:
+                told = now
+                self._tell("waiting", f"{self._name}: {about}; giving up after {limit:g} s")
+
+    # --- losing
+
+    def _check(self) -> None:
+        if self._end is not None:
+            raise self._end.error(self._end.code, self._end.text, where=self._name, fix=self._end.fix)
+
+    def _lose(self, slot: Slot, handle: Any, lost: WorkerLost) -> None:
+        """A worker is lost: no more work for it, its callers are told, another one is made. Once per worker."""
+        if handle is None or slot.handle is not handle:
+            return
+        self._discard(slot, lost)
+        if slot.leaving:
+            return
+        self._charge(slot, lost)
+        if self._end is None and slot.out is None:
+            self._background(self._bring_up(slot), f"replace {slot.name}")
+        else:
+            self._background(self._notify(), f"end of {slot.name}")
+
+    def _discard(self, slot: Slot, lost: WorkerLost) -> None:
+        handle, slot.handle, slot.ready = slot.handle, None, False
+        slot.state = "is lost"
+        if not slot.lost.done():
+            slot.lost.set_exception(WorkerLost(str(lost)))
+            slot.lost.exception()  # it is looked at by those who wait, if any do
+        if handle is not None:
+            self._kill(handle)
+
+    def _charge(self, slot: Slot, lost: WorkerLost) -> None:
+        kind = kind_of(lost, slot.place is not None and self._was_draining(slot.place.node), self._memory_full(slot))
+        self._counts["lost"] += 1
+        self._counts["preempted"] += kind is Kind.PREEMPT
+        verdict = slot.losses.charge(kind, time.monotonic())
+        why = f"{lost}" + ("" if slot.vitals is None or kind is not Kind.MEMORY else f" ({slot.vitals.memory})")
+        log.warning("lost %s (%s, %d in a row): %s", slot.name, kind, slot.losses.in_a_row, why)
+        if slot.losses.out_of_memory:
+            self._finish_all(
+                End(
+                    f"{slot.name} ran out of memory twice in a row; the last time: {why}",
+                    "RLKD-I612",
+                    "lower sampler.max_num_seqs or sampler.kv_cache_gib (on GPU sampler.gpu_memory_utilization), or "
+                    "take a machine with more memory",
+                )
+            )
+        elif verdict is not None:
+            self._take_out(slot, verdict, why)
+
+    def _take_out(self, slot: Slot, verdict: str, why: str) -> None:
+        slot.out = slot.state = f"is out: {verdict}"
+        left = sum(s.out is None for s in self._slots)
+        if not left:
+            self._finish_all(End(f"{slot.name} was {verdict}; the last time: {why}"))
+        else:
+            text = f"{slot.name} was {verdict} and is not replaced any more; {left} of {self._size} go on: {why}"
+            self._tell("quarantine", text)
+
+    def _memory_full(self, slot: Slot) -> bool:
+        """Whether the kernel has killed for memory since the last loss, or there was next to none left."""
+        before, self._kernel_kills = self._kernel_kills, kernel_kills()
+        killed = before is not None and self._kernel_kills is not None and self._kernel_kills > before
+        return killed or (slot.vitals is not None and slot.vitals.memory.nearly_full)
+
+    def _finish_all(self, end: End) -> None:
+        self._end = self._end or end
+
+    async def _finish(self, slot: Slot, left_s: float | None) -> None:
+        """End a worker that leaves: when it has nothing left to do, or its time is up."""
+        slot.state = "is leaving"
+        async with self._changed:
+            done = self._changed.wait_for(lambda: slot.handle is None or not slot.calls)
+            try:
+                await asyncio.wait_for(done, left_s)
+                text = "has left its node"
+            except TimeoutError:
+                text = f"its node goes away, and {slot.calls} calls did not end in time"
+        self._discard(slot, WorkerLost(f"{slot.name}: {text}"))
+        self._leaving.remove(slot)
+
+    # --- tasks
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _background(self, work: Any, name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: "asyncio.Task[Any]") -> None:
+        """An error in a background task (a bug, or a worker's RlkdError at start) must reach whoever calls next."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._end = End(f"{task.get_name()} failed: {error}", error=InfrastructureError)
+            self._background(self._notify(), f"end of {self._name}")
+
+
+def _states(slots: Sequence[Slot]) -> str:
+    return ", ".join(f"{slot.name} {slot.state}" for slot in slots)

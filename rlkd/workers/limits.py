@@ -1,0 +1,36 @@
+"""What a pool of workers puts up with, and how it ends when that is too much."""
+
+from dataclasses import dataclass
+
+from rlkd.core.errors import InfrastructureError, NoWorkers
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """Deadlines in seconds, and how much may go wrong."""
+
+    timeout_s: float = 600.0  # of one call
+    start_s: float = 600.0  # until a new worker is ready for weights
+    sync_s: float = 300.0  # until a worker has loaded them
+    probe_s: float | None = None  # ask every worker for its vitals this often; one that does not answer is lost
+    stall_s: float | None = None  # a worker that has work and writes no token for this long is lost; None: not watched
+    at_once: int | None = None  # calls under way on one worker; None: it queues by itself
+    replacements: int = 3  # of one worker in a row, without an answer in between
+    window_s: float = 600.0
+    in_window: int = 10  # replacements of one worker within the window, whatever it answered in between
+    backoff_s: float = 1.0  # before the second replacement in a row; doubles from then on
+    nobody_s: float = 600.0  # without any worker, then the run ends
+    status_s: float = 10.0  # between lines about that
+
+
+@dataclass(frozen=True)
+class End:
+    """Why nothing more comes from these workers."""
+
+    text: str
+    code: str = "RLKD-I611"
+    fix: str = (
+        "the workers' logs (ray logs) say why: out of memory (lower sampler.max_num_seqs or kv_cache_gib), "
+        "or too slow (raise sampler.timeout_s)"
+    )
+    error: type[InfrastructureError] = NoWorkers
