@@ -12,11 +12,11 @@ demo: $(READY)
 	$(BIN)/rlkd train configs/grpo-tiny.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not stack and not cluster and not chaos" --durations=5
-	$(BIN)/python -m pytest -m "stack or cluster or chaos" --durations=10
+	$(BIN)/python -m pytest -n auto -m "not stack and not cluster and not chaos" --durations=5
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or cluster or chaos" --durations=12
 
 unit: $(READY)
-	$(BIN)/python -m pytest -m "not stack and not cluster and not chaos"
+	$(BIN)/python -m pytest -n auto -m "not stack and not cluster and not chaos"
 
 stack: $(READY)
 	$(BIN)/python -m pytest -m "stack"

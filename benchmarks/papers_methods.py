@@ -146,7 +146,6 @@ def shared(work: str, stage: Stage) -> tuple[str, ...]:
         evaluate__k="[" + ",".join(map(str, PASS_AT)) + "]",
         evaluate__at_start="false",
         checkpoint__every=stage.steps // 2,
-        checkpoint__keep=1,
         learner__threads=1,
         sampler__threads=1,
         sampler__engine=ENGINE,

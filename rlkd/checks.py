@@ -16,6 +16,7 @@ from rlkd.core.errors import DataError, InfrastructureError, Problem, WorkerLost
 from rlkd.core.ports import Answer, Model, Writer
 from rlkd.core.types import Finish, Prompt
 from rlkd.engines.probe import Probe, gold_and_wrong, probe
+from rlkd.engines.sandbox import probe as probe_sandbox
 from rlkd.inputs import Inputs
 from rlkd.rewards.mix import Mix
 from rlkd.rewards.table import pack
@@ -47,7 +48,8 @@ def checked(config: Config) -> dict[str, Any]:
 def judged(config: Config, read: Inputs) -> list[Probe]:
     """Three real rows judged in the jail, each on its own answer and on a wrong one. DataError if a reward fails."""
     prompts = read.data.train.prompts[:3]
-    limits = {"timeout_s": config.verifier.timeout_s, "memory_gib": config.verifier.memory_gib}
+    names = ("timeout_s", "memory_gib", "min_tier", "accept_unsafe_code")
+    limits = {name: getattr(config.verifier, name) for name in names}
     answers = [_answers(p) for p in prompts]
     probes = probe(pack(config.rewards), prompts, answers, limits)
     problems = [
@@ -140,6 +142,10 @@ def _words(config: Config, read: Inputs) -> list[str]:
         f"workers    {config.sampler.workers} × {config.sampler.engine}, {config.learner.ranks} learner ranks, "
         f"{config.verifier.workers} reward workers",
     ]
+    if any(getattr(reward, "runs_code", False) for reward in config.rewards.values()):
+        found = probe_sandbox()
+        reason = f": {found.reason}" if found.reason else ""
+        lines.append(f"sandbox    the models' code runs in tier {found.tier} here{reason}")
     for name, dataset in (("train", read.data.train), ("holdout", read.data.holdout)):
         if dataset is not None:
             lines += [f"{name if i == 0 else '':<10} {line}" for i, line in enumerate(str(dataset.funnel).split("\n"))]

@@ -1,21 +1,19 @@
-"""The command line. Each command loads the recipe, calls one function, and returns its exit code (core/errors.py).
+"""The command line. Each command loads the recipe, calls one function, and returns its exit code (terminal.py).
 
-Stdout is data, stderr is talk. Nothing heavy is imported before a command needs it.
+Nothing heavy is imported before a command needs it.
 """
 
-import functools
-import json
 import os
 import sys
-import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlkd.core.errors import INTERNAL, INTERRUPTED, OK, PREFLIGHT, USAGE, RlkdError, Stopped
+from rlkd.cli_ckpt import ckpt
+from rlkd.core.errors import OK, ConfigError
+from rlkd.report import secrets
+from rlkd.terminal import Json, Run, guarded, show_result
 
 if TYPE_CHECKING:
     from rlkd.config.stages import Stage
@@ -30,47 +28,17 @@ app = typer.Typer(
 )
 models = typer.Typer(help="Small models that come without a model hub.", no_args_is_help=True)
 app.add_typer(models, name="model")
+app.add_typer(ckpt, name="ckpt")
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, for example configs/grpo-arithmetic.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top, for example learner.lr=1e-6.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 
 
 def main() -> None:
     """The console script `rlkd`."""
     app(prog_name="rlkd")
-
-
-def guarded(command: Callable[..., int]) -> Callable[..., None]:
-    """The one place where errors end: told to the user, and made the exit code."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **options: Any) -> None:
-        try:
-            code = command(*args, **options)
-        except RlkdError as e:
-            if options.get("as_json"):
-                print(json.dumps({"exit": e.exit_code, "problems": [asdict(p) for p in e.problems]}))
-            _show(e)
-            code = e.exit_code
-        except Stopped as e:
-            print(e.message, f"(exit {e.exit_code})", file=sys.stderr)
-            code = e.exit_code
-        except BrokenPipeError:  # the reader of a pipe went away: nobody to tell
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = INTERNAL
-        except KeyboardInterrupt:
-            print(f"interrupted: the last checkpoint stands (exit {INTERRUPTED})", file=sys.stderr)
-            code = INTERRUPTED
-        except Exception:
-            traceback.print_exc()
-            print(f"This is a bug in rlkd: please report it with the lines above (exit {INTERNAL}).", file=sys.stderr)
-            code = INTERNAL
-        raise typer.Exit(code)
-
-    return run
 
 
 @app.callback(invoke_without_command=True)
@@ -88,12 +56,25 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option("--name", help="The run's name, and that of its folder.")] = None,
+    resume: Annotated[
+        str,
+        typer.Option("--resume", metavar="auto|never|STEP", help="From the newest checkpoint; a new run; from STEP."),
+    ] = "auto",
+    accept_new_data: Annotated[
+        bool, typer.Option("--accept-new-data", help="Go on though the training data changed: a new epoch begins.")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits every time, interrupted or not (float32 on CPU).")
+    ] = False,
 ) -> int:
-    """Train, or go on with an interrupted run."""
-    stages = _stages(recipe, [*(overrides or ()), *([] if name is None else [f"name={name}"])])
+    """Train, or go on with an interrupted run: the same command, the first and every time."""
+    if resume not in ("auto", "never") and not resume.isdecimal():
+        raise ConfigError("RLKD-C413", f"--resume {resume}", where="command line", fix="auto, never, or a step")
+    more = [] if name is None else [f"name={name}"]
+    stages = _stages(recipe, [*(overrides or ()), *more, *(["deterministic=true"] if deterministic else [])])
     import rlkd.staged as staged
 
-    return staged.train(stages, Path(recipe))
+    return staged.train(stages, Path(recipe), resume, accept_new_data)
 
 
 @app.command()
@@ -106,7 +87,7 @@ def check(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) ->
     stages = _stages(recipe, overrides or ())
     import rlkd.staged as staged
 
-    return _print(staged.check(stages), as_json)
+    return show_result(staged.check(stages), as_json)
 
 
 @app.command()
@@ -153,7 +134,7 @@ def evaluate(
     import rlkd.run as run
     import rlkd.staged as staged
 
-    return _print(run.evaluate(stages[-1].config, staged.run_folder(Path(what))), as_json)
+    return show_result(run.evaluate(stages[-1].config, staged.run_folder(Path(what))), as_json)
 
 
 @app.command()
@@ -176,36 +157,82 @@ def export(
     return OK
 
 
+@app.command("why-stuck")
+@guarded
+def why_stuck(run_directory: Run, as_json: Json = False) -> int:
+    """Why a run does not get on, or how it ended.
+
+    From another terminal: takes the stacks of its processes.
+    """
+    import rlkd.staged as staged
+    from rlkd import why_stuck as stuck
+
+    return show_result(stuck.why_stuck(staged.begun_folder(run_directory)), as_json)
+
+
+@app.command()
+@guarded
+def resume(
+    run_directory: Run,
+    overrides: Overrides = None,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Train a few steps twice in copies, and say how exact a resume is.")
+    ] = False,
+    steps: Annotated[int, typer.Option("--steps", help="How many steps, with --prove.")] = 2,
+    as_json: Json = False,
+) -> int:
+    """Go on with a run from what its folder holds.
+
+    With --prove nothing of the run is changed.
+    """
+    import rlkd.prove as prove_
+
+    folder = run_directory.resolve()
+    if prove:
+        return show_result(prove_.prove(folder, steps, lambda text: print(text, file=sys.stderr)), as_json)
+    config = prove_.config_of(folder)
+    stages = _stages(str(config), [f"name={folder.name}", f"report.directory={folder.parent}", *(overrides or ())])
+    import rlkd.staged as staged
+
+    return staged.train(stages, config)
+
+
+@app.command()
+@guarded
+def chaos(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    faults: Annotated[str, typer.Option("--faults", help="Names or numbers, with commas; all if left out.")] = "",
+    kills: Annotated[int, typer.Option("--kills", help="How many faults.")] = 5,
+    gap: Annotated[float, typer.Option("--gap", help="Mean seconds between two of them.")] = 5.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random instants.")] = 0,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder for the two runs.")] = Path(
+        "runs/chaos"
+    ),
+    as_json: Json = False,
+) -> int:
+    """Kill things in a run on purpose, and compare it with a quiet one.
+
+    Faults: rollout (F1), stall (F3), reward (F6), teacher (F7), learner (F8), driver (F9), term (F11), flip (F24).
+    """
+    from rlkd import chaos as killer
+
+    chosen = killer.chosen(faults)
+    _stages(recipe, overrides or ())  # a recipe that is wrong is told of before anything is started
+    train = killer.rlkd_train(recipe, overrides or (), out)
+    return show_result(
+        killer.chaos(train, out, chosen, kills, gap, seed, tell=lambda t: print(t, file=sys.stderr)), as_json
+    )
+
+
 def _stages(recipe: str, overrides: "list[str] | tuple[str, ...]") -> "list[Stage]":
     """The recipe's stages; one, if it says nothing of stages. Algorithms and rewards of one's own are looked for in the
     current folder too."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    secrets.learn(os.environ, recipe, overrides)
     from rlkd.config.stages import load
 
-    return load(recipe, overrides)
-
-
-def _print(result: Mapping[str, Any], as_json: bool) -> int:
-    """A result for people (its `text`) or for programs (everything else)."""
-    print(json.dumps({k: v for k, v in result.items() if k != "text"}) if as_json else result["text"])
-    return OK
-
-
-def _show(error: RlkdError) -> None:
-    """Every problem, then how many and the exit code; in colour on a terminal."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True, highlight=False)
-    for problem in error.problems:
-        first, *rest = str(problem).split("\n")
-        label, colon, what = first.partition(":")
-        text = Text.assemble((label, "bold red"), (colon + what, "bold"))
-        for line in rest:
-            text.append("\n")
-            text.append(line, "cyan" if line.startswith(("  -->", "  =")) or "^" in line else "")
-        console.print(text, soft_wrap=True)
-    count = "1 error" if len(error.problems) == 1 else f"{len(error.problems)} errors"
-    outcome = "nothing was started" if error.exit_code in (USAGE, PREFLIGHT) else "stopped"
-    console.print(Text(f"{count}, {outcome} (exit {error.exit_code})."), soft_wrap=True)
+    stages = load(recipe, overrides)
+    secrets.KNOWN.learn([stage.config for stage in stages])
+    return stages

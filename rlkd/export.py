@@ -12,19 +12,20 @@ import numpy as np
 
 from rlkd.core.errors import CheckpointError, PreflightError
 from rlkd.models.folder import new_folder
+from rlkd.store.store import Store
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}  # largest difference of a log-prob; bfloat16 keeps 8 bits
 
 
 def checkpoints(run_directory: Path) -> dict[int, Path]:
     """The run's complete checkpoints by step."""
-    found = run_directory.glob("checkpoints/step-*/COMPLETE")
+    found = run_directory.glob("checkpoints/step-*/MANIFEST.json")
     return {int(p.parent.name.removeprefix("step-")): p.parent for p in found}
 
 
 def newest(run_directory: Path, step: int | None = None) -> Path:
     """The `hf` folder of the checkpoint after `step`, or of the newest. CheckpointError if there is none."""
-    found = checkpoints(run_directory)
+    found, store = checkpoints(run_directory), Store(run_directory / "checkpoints")
     wanted = max(found, default=None) if step is None else step
     if wanted is None or wanted not in found:
         have = ", ".join(str(s) for s in sorted(found)) or "none"
@@ -34,7 +35,9 @@ def newest(run_directory: Path, step: int | None = None) -> Path:
             where=str(run_directory),
             fix=f"complete checkpoints: {have}",
         )
-    return found[wanted] / "hf"
+    whole = store.newest(mend=False) if step is None else store.at(step)  # every byte of it verified
+    assert whole is not None
+    return whole.path / "hf"
 
 
 def export(run_directory: Path, step: int | None, directory: Path) -> float:

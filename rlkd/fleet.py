@@ -1,10 +1,11 @@
 """The actors of a run: reserved, started, wired to each other, and taken down again."""
 
+import asyncio
+import hashlib
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from rlkd.workers.placement import Placement, bundles, reserve
 from rlkd.workers.pool import Pool, PoolOptions
 from rlkd.workers.reward import RewardPool, WorkerOptions
 from rlkd.workers.rollout import spawner
+from rlkd.workers.roster import Roster
 from rlkd.workers.threads import Threads, environment, plan
 
 Tell = Callable[..., None]
@@ -39,17 +41,43 @@ class Fleet:
 
     services: Services
     learner: Any
+    policy: Pool
+    verify: RewardPool
+    crews: Sequence[Any] = ()  # everybody who has workers that may move: Pools and the RewardPool
+    roster: Roster | None = None  # who is where; None: nobody asks
+    on_gpu: bool = False
+    placement: Placement | None = None
 
     @classmethod
     @asynccontextmanager
     async def start(
-        cls, config: Config, read: Inputs, directory: Path, tell: Tell, learner: bool = True
+        cls,
+        config: Config,
+        read: Inputs,
+        directory: Path,
+        tell: Tell,
+        learner: bool = True,
+        attempt: Path | None = None,
+        was_draining: Callable[[str], bool] = lambda _: False,
     ) -> AsyncIterator["Fleet"]:
-        """Start every actor the recipe asks for; they end with the context. PreflightError if the cluster cannot."""
+        """Start every actor the recipe asks for; they end with the context. PreflightError if the cluster cannot.
+
+        `attempt`: where the roster and stacks go. `was_draining(node)`: what is lost there is nobody's fault.
+        """
         async with AsyncExitStack() as stack:
             connect(config)
             stack.callback(ray.shutdown)
-            yield await _Builder(config, read, directory, tell, stack).fleet(learner)
+            roster = Roster(attempt, config.health.on_stall, tell) if attempt is not None else None
+            builder = _Builder(config, read, directory, tell, stack, roster, was_draining)
+            yield await builder.fleet(learner)
+
+    def leave(self, nodes: Mapping[str, float | None]) -> None:
+        """These nodes go away, each in so many seconds: their workers move."""
+        for node, left_s in nodes.items():
+            if self.placement is not None:
+                self.placement.leave(node)  # first: the replacements must not wait for a place there
+            for crew in self.crews:
+                crew.leave(node, left_s)
 
     @classmethod
     @asynccontextmanager
@@ -79,21 +107,32 @@ class _Builder:
     directory: Path
     tell: Tell
     stack: AsyncExitStack
+    roster: Roster | None = None
+    was_draining: Callable[[str], bool] = lambda _: False
 
     async def fleet(self, learner: bool) -> Fleet:
-        config, staff = self.config, Staff(self.config, self.read, self.directory, self.tell, self.stack, learner)
+        config, stacks = self.config, self.roster.stacks if self.roster is not None else None
+        staff = Staff(config, self.read, self.directory, self.tell, self.stack, learner, self.was_draining, stacks)
         await staff.test_endpoints()
         ranks = config.learner.ranks if learner else 0
         await self._reserve(staff, ranks, config.sampler.workers, config.verifier.workers)
         policy, verify = self._policy(), self._verify()
         group = self._learner(policy) if learner else None
+        crews: list[Any] = [policy, verify, *staff.pools.values()]
+        if self.roster is not None:
+            for crew in crews:
+                self.roster.add(crew.roster)
+            if group is not None:
+                self.roster.add(group.roster)
+            keeping = asyncio.create_task(self.roster.keep(), name="roster")
+            self.stack.callback(keeping.cancel)
         await self._bring_up({"rollout": policy, "reward": verify, **staff.pools, "learner": group})
         writers = staff.writers()
         services = Services(
             policy, verify, staff.teachers(), staff.reference(), self.read.tokenizer, writers,
             self._traces(writers, verify) if writers else None, self.tell, self.read.sampling(config),
         )  # fmt: skip
-        return Fleet(services, group)
+        return Fleet(services, group, policy, verify, crews, self.roster, self._gpu(), self.placement)
 
     async def staff(self) -> Staff:
         """The frozen models alone, started."""
@@ -123,6 +162,8 @@ class _Builder:
             if part is not None:
                 self.tell("starting", f"{name} workers")
                 await part.start()
+                for note in part.notes() if isinstance(part, RewardPool) else ():
+                    self.tell("sandbox", note)
 
     def _traces(self, writers: Mapping[str, Writer], verify: RewardPool) -> LiveTraces:
         most, success = self.config.sampler.max_tokens, self.config.evaluate.success
@@ -161,22 +202,33 @@ class _Builder:
             "kv_cache_gib": s.kv_cache_gib,
             "gpu_memory_utilization": s.gpu_memory_utilization,
             "block_size": s.block_size,
-            "prefix_caching": s.prefix_caching,
+            "prefix_caching": s.prefix_caching and not self.config.deterministic,
             "enforce_eager": s.enforce_eager,
             "threads": threads,
         }
         spawn = spawner(s.engine, options, environment(threads), lambda i: self.placement.options(f"rollout-{i}"))
-        limits = PoolOptions(timeout_s=s.timeout_s, sync_s=self.config.sync.timeout_s, probe_s=PROBE_S)
-        pool = Pool("rollout", spawn, s.workers, self.read.sampling(self.config), limits)
+        alone = 1 if self.config.deterministic else None  # what is computed beside a request changes its last bits
+        limits = PoolOptions(
+            timeout_s=s.timeout_s, sync_s=self.config.sync.timeout_s, probe_s=PROBE_S, at_once=alone,
+            stall_s=s.stall_s, nobody_s=s.min_workers_timeout_s, replacements=s.replacements,
+            in_window=s.replacements_in_10_min,
+        )  # fmt: skip
+        pool = Pool(
+            "rollout", spawn, s.workers, self.read.sampling(self.config), limits, tell=self.tell,
+            was_draining=self.was_draining, stacks=self.roster.stacks if self.roster is not None else None,
+        )  # fmt: skip
         self.stack.callback(pool.close)
         return pool
 
     def _verify(self) -> RewardPool:
         v = self.config.verifier
-        options = WorkerOptions(v.processes, v.timeout_s, v.memory_gib, ray=self.placement.options)
+        options = WorkerOptions(
+            v.processes, v.timeout_s, v.memory_gib, v.min_tier, v.accept_unsafe_code, v.recheck_fraction,
+            ray=self.placement.options,
+        )  # fmt: skip
         pool = RewardPool(
             pack(self.config.rewards), Mix.of(self.config.rewards), self.read.tokenizer.decode, v.workers, options,
-            v.on_error, v.max_error_fraction,
+            v.on_error, v.max_error_fraction, self.was_draining,
         )  # fmt: skip
         self.stack.callback(pool.close)
         return pool
@@ -196,9 +248,10 @@ class _Builder:
             "gradient_checkpointing": learner.gradient_checkpointing,
         }
         same = ("lr", "betas", "weight_decay", "warmup_steps", "lr_schedule", "max_grad_norm", "zero_stage", "offload",
-                "timeout_s")  # fmt: skip
+                "timeout_s", "on_nonfinite", "max_nonfinite")  # fmt: skip
         options = {name: getattr(learner, name) for name in same}
         options |= {"model": how, "steps": self.config.schedule.steps, "threads": threads}
+        options["deterministic"] = self.config.deterministic
         options["debug_directory"] = str((self.directory / "debug").resolve())
         weights = _weights_directory(self.config, self.directory)
         self.stack.callback(shutil.rmtree, weights, ignore_errors=True)
@@ -222,4 +275,5 @@ def _weights_directory(config: Config, directory: Path) -> Path:
         return Path(config.sync.path) if config.sync.path else directory / "weights"
     if not SHARED_MEMORY.is_dir():
         raise PreflightError("RLKD-E022", f"there is no {SHARED_MEMORY}", where="sync.kind", fix="set sync.kind=disk")
-    return Path(tempfile.mkdtemp(prefix=f"rlkd-{config.name}-", dir=SHARED_MEMORY))
+    place = hashlib.blake2b(str(directory.resolve()).encode(), digest_size=6).hexdigest()
+    return SHARED_MEMORY / f"rlkd-{config.name}-{place}"  # the same after a kill: its leavings are removed then

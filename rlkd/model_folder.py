@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from rlkd.core.errors import PreflightError
 from rlkd.data.files import suggestion
 from rlkd.models.get import MODELS
 
 
 def model_config(path: str, where: str = "model.path") -> dict[str, Any]:
-    """The folder's config.json. PreflightError if there is no such folder, or it holds no model."""
+    """The folder's config.json. PreflightError if there is no such folder, or it holds no model, or half of one."""
     folder = Path(path)
     if not folder.is_dir():
         known = folder.name in MODELS
@@ -27,14 +29,31 @@ def model_config(path: str, where: str = "model.path") -> dict[str, Any]:
             where=str(folder),
             fix="it needs config.json, the tokenizer's files and *.safetensors",
         ) from e
-    if not any(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise PreflightError(
             "RLKD-E119",
             "this model folder holds no weights",
             where=str(folder),
             fix="it needs *.safetensors; convert other formats with transformers' save_pretrained",
         )
+    for file in files:
+        _is_whole(file)
     return content
+
+
+def _is_whole(file: Path) -> None:
+    """PreflightError if this file of weights is cut off or is something else. Its header says how long it is."""
+    try:
+        with safe_open(file, framework="numpy") as content:
+            content.keys()
+    except (OSError, SafetensorError) as e:
+        raise PreflightError(
+            "RLKD-E121",
+            f"this file of weights cannot be read: {e}",
+            where=str(file),
+            fix="it was not copied whole, or is a git-lfs pointer: get it again",
+        ) from e
 
 
 def own_context(content: dict[str, Any], where: str = "model.path") -> int:

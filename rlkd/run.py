@@ -1,89 +1,133 @@
 """The composition root: from a recipe to a running job, an evaluation, an exported model. Knows everybody."""
 
 import asyncio
-import json
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlkd import attempt as attempts
 from rlkd import export as exported
-from rlkd import inputs
+from rlkd import fingerprint, inputs
+from rlkd.attempt import Attempt
 from rlkd.config.load import resolved
 from rlkd.config.schema import Config
-from rlkd.core.errors import (
-    INTERRUPTED,
-    InfrastructureError,
-    LearnerLost,
-    PreflightError,
-    RlkdError,
-    Stopped,
-    WorkerLost,
-)
+from rlkd.core.errors import RESUBMIT, PreflightError, Stopped
 from rlkd.core.ports import Sampling
+from rlkd.core.stop import Stop
 from rlkd.core.types import Prompt
 from rlkd.curriculum import Band, Difficulty, Uniform
+from rlkd.ending import announced, saving, started, translated
 from rlkd.fleet import Fleet
 from rlkd.inputs import Inputs
-from rlkd.report.files import plain, replace_file
+from rlkd.job import checkpoints, closing, guards
+from rlkd.preempt import Watcher, watching
+from rlkd.report import secrets
+from rlkd.report.files import plain
 from rlkd.report.progress import Progress
 from rlkd.report.report import Report
 from rlkd.report.sinks import Isolated, TensorBoard, Wandb
-from rlkd.train.checkpoint import Checkpoints
+from rlkd.signals import Signals, grace_of_platform
 from rlkd.train.evaluate import Evaluator
 from rlkd.train.loop import Loop
+from rlkd.workers import drain
 
 
-def train(config: Config, recipe: Path) -> int:
-    """Train to the last step, from the newest checkpoint if there is one; the exit code. The summary goes to stdout."""
-    read = inputs.read(config)
-    directory = Path(config.report.directory) / config.name
-    attempt = open_run(directory, config, recipe)
+def train(
+    config: Config, recipe: Path, resume: str = "auto", accept_new_data: bool = False, more_follows: bool = False
+) -> int:
+    """Train to the last step, from the newest checkpoint if there is one; the exit code. The summary goes to stdout.
+
+    `resume`: auto, never (a new run), or the step of the checkpoint to go back to. With `accept_new_data` other prompts
+    than the run began with are no error: a new epoch of them begins. `more_follows`: another stage would be next, so
+    that a request to stop which came with the last step is still one.
+    """
+    secrets.learn(os.environ, str(recipe))
+    secrets.KNOWN.learn(config)
+    directory, stop = attempts.run_directory(config), Stop()
     progress = Progress(config.schedule.steps)
-    progress.say(f"run {config.name} → {directory}   (Ctrl-C saves and stops; the same command continues)")
-    for warning in read.data.warnings:
-        progress.say(f"[data] {warning}")
-    report = Report(
-        directory,
-        read.tokenizer.decode,
-        config.schedule.steps,
-        config.report.samples_per_step,
-        config.evaluate.success,
-        attempt,
-        progress=progress,
-    )
-    report.sinks = _sinks(config, directory, lambda text: report.event("tracker", text))
-    code = 1
-    try:
-        code = asyncio.run(_train(config, read, directory, report))
+    with Signals(stop, grace_of_platform(config.preempt.grace_s)) as signals, ExitStack() as stack:
+        stack.enter_context(translated(directory, stop))
+        stack.callback(progress.close)
+        with signals.interruptible():
+            attempt = stack.enter_context(attempts.opened(directory, config, recipe, stop, progress.say))
+            signals.last = attempt.interrupted
+            stack.enter_context(translated(directory, stop))  # within the attempt: it writes down how it ends
+            read, start = _prepared(attempt, config, recipe, resume, accept_new_data, progress.say)
+        report = _report(config, read, directory, attempt.number, progress)
+        stack.callback(report.close)
+        code = asyncio.run(_train(config, read, report, attempt, signals, start))
         print(report.summary())
+        if more_follows and stop.request is not None:
+            raise Stopped(RESUBMIT, f"{stop.request.text}: this stage is done; the same command begins the next")
         return code
-    except Stopped as stopped:
-        code = stopped.exit_code
-        raise
-    except (LearnerLost, WorkerLost) as lost:
-        code = InfrastructureError.exit_code
-        raise InfrastructureError(
-            "RLKD-I003",
-            f"the run lost {lost}",
-            where=str(directory),
-            fix="the same command continues from the last checkpoint; Ray's logs say why the process ended",
-        ) from lost
-    except RlkdError as error:
-        code = error.exit_code
-        raise
-    finally:
-        report.close()
-        _close_run(directory, attempt, code)
 
 
-async def _train(config: Config, read: Inputs, directory: Path, report: Report) -> int:
-    async with Fleet.start(config, read, directory, report.event) as fleet:
+@dataclass(frozen=True)
+class _Start:
+    """Where a run goes on: at which checkpoint (None: the newest), as what, with which news."""
+
+    step: int | None
+    fingerprint: Mapping[str, Any]
+    told: Sequence[str]
+    new_data: bool
+    accept: Callable[[Mapping[str, Any]], None]  # a checkpoint's facts: raises for one of another run
+
+
+def _prepared(
+    attempt: Attempt, config: Config, recipe: Path, resume: str, accept_new_data: bool, say: Callable[[str], None]
+) -> tuple[Inputs, _Start]:
+    """Everything that is read before something is started; and whether this run may go on in this folder."""
+    directory, number = attempt.directory, attempt.number
+    step = attempts.starting_point(directory, resume, number)
+    say(f"run {config.name} → {directory}   (Ctrl-C saves and stops; the same command continues)")
+    read = inputs.read(config)
+    for warning in read.data.warnings:
+        say(f"[data] {warning}")
+    now, was = fingerprint.of(config, read), attempts.read_record(directory).get("fingerprint", {})
+    found = fingerprint.compare(was, now)
+    if resumed := bool(exported.checkpoints(directory)):
+        fingerprint.refuse(found, directory, accept_new_data)
+    attempts.describe(directory, config, recipe, now)
+    told = list(found.told)
+    if step is not None and (later := attempts.set_aside(directory, step, number)):
+        told.append(f"back to step {step}: the checkpoints of steps {', '.join(map(str, later))} were renamed .old-…")
+
+    def accept(facts: Mapping[str, Any]) -> None:
+        fingerprint.refuse(fingerprint.compare(facts.get("fingerprint", {}), now), directory, accept_new_data)
+
+    return read, _Start(step, now, told, resumed and found.new_data, accept)
+
+
+def _report(config: Config, read: Inputs, directory: Path, attempt: int, progress: Progress) -> Report:
+    r = config.report
+    report = Report(
+        directory, read.tokenizer.decode, config.schedule.steps, r.samples_per_step, config.evaluate.success, attempt,
+        progress=progress,
+    )  # fmt: skip
+    report.sinks = _sinks(config, directory, lambda text: report.event("tracker", text))
+    return report
+
+
+async def _train(
+    config: Config, read: Inputs, report: Report, attempt: Attempt, signals: Signals, start: _Start
+) -> int:
+    for text in start.told:
+        report.event("resume", text)
+    stop, saves = attempt.stop, checkpoints(config, attempt.directory, report.event)
+    saves.new_data, saves.accept = start.new_data, start.accept
+    saves.facts = {**saves.facts, "fingerprint": {k: v for k, v in start.fingerprint.items() if k != "settings"}}
+    watcher = Watcher(config.preempt, stop, drain.draining, report.event, save_s=lambda: saves.save_s)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(closing(saves, config))
+        starting = Fleet.start(
+            config, read, attempt.directory, report.event, attempt=attempt.folder, was_draining=watcher.was_draining
+        )
+        fleet = await started(stack.enter_async_context(starting), stop, signals)
+        watcher.essential, watcher.on_nodes = essential_nodes, fleet.leave
         prompts = read.data.train.prompts
         loop = Loop(
             config.schedule,
@@ -92,14 +136,25 @@ async def _train(config: Config, read: Inputs, directory: Path, report: Report) 
             {p.id: p for p in prompts},
             fleet.services,
             fleet.learner,
-            Checkpoints(directory / "checkpoints", config.checkpoint.every, config.checkpoint.keep),
+            saves,
             evaluator(config, read, report.evaluation),
             report,
             max_tokens=config.learner.max_tokens,
             success=config.evaluate.success,
+            stop=stop,
+            guards=guards(config, fleet, report.event),
+            resume=start.step,
+            max_restarts=config.learner.max_restarts,
+            max_failed_saves=config.checkpoint.max_failed_saves,
+            deterministic=config.deterministic,
         )
-        with stop_signals(loop.stop, report.say):
-            return await loop.run()
+        loop.guards.settles_in_s = watcher.settles_in_s
+        attempt.step = lambda: getattr(loop, "step", None)
+        if fleet.roster is not None:
+            fleet.roster.late = loop.stages.late
+        await stack.enter_async_context(announced(stop, lambda: saving(attempt.step(), saves.save_s), report.event))
+        await stack.enter_async_context(watching(watcher))
+        return await loop.run()
 
 
 def curriculum(config: Config, prompts: Sequence[Prompt], fingerprint: str) -> Uniform:
@@ -160,32 +215,9 @@ def check(config: Config) -> dict[str, Any]:
     return checked(config)
 
 
-def open_run(directory: Path, config: Config, recipe: Path) -> int:
-    """Make the run's folder, or go on in it; the number of this attempt. A folder that is something else is refused."""
-    path = directory / "run.json"
-    if directory.exists() and any(directory.iterdir()) and not path.exists():
-        raise PreflightError(
-            "RLKD-E132",
-            "the run's folder has other things in it and no run.json",
-            where=str(directory),
-            fix="give another name=…, or report.directory=…",
-        )
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"name": config.name, "attempts": []}
-    attempt = len(record["attempts"]) + 1
-    packages = {name: version(name) for name in ("rlkd", "torch", "transformers", "ray", "deepspeed", "numpy")}
-    record["attempts"].append({"attempt": attempt, "started": time.time(), "pid": os.getpid(), "packages": packages})
-    directory.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(record, indent=1))
-    replace_file(directory / "config.yaml", resolved(config))
-    replace_file(directory / "config.source.yaml", recipe.read_text(encoding="utf-8"))
-    return attempt
-
-
-def _close_run(directory: Path, attempt: int, code: int) -> None:
-    path = directory / "run.json"
-    record = json.loads(path.read_text())
-    record["attempts"][attempt - 1] |= {"ended": time.time(), "exit": code}
-    replace_file(path, json.dumps(record, indent=1))
+def essential_nodes() -> frozenset[str]:
+    """The nodes that a run cannot go on without: the driver's, and where the learner's ranks are."""
+    return frozenset({drain.own_node(), *drain.nodes_of("LearnerRank")})
 
 
 def _sinks(config: Config, directory: Path, tell: Callable[[str], None]) -> list[Isolated]:
@@ -199,31 +231,3 @@ def _sinks(config: Config, directory: Path, tell: Callable[[str], None]) -> list
         wandb = Wandb(directory, config.report.wandb_project, config.name, config.report.wandb, settings)
         sinks.append(Isolated("wandb", wandb, tell))
     return sinks
-
-
-class stop_signals:
-    """SIGTERM or one Ctrl-C: save and stop. A second Ctrl-C: stop at once, the last checkpoint stands.
-
-    Set after ray.init, which installs a SIGTERM handler of its own.
-    """
-
-    def __init__(self, stop: asyncio.Event, say: Callable[[str], None]) -> None:
-        self.stop, self.say = stop, say
-        self.loop = asyncio.get_running_loop()
-        self.main = asyncio.current_task()
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.loop.add_signal_handler(number, self._asked, number)
-
-    def __exit__(self, *exc: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.loop.remove_signal_handler(number)
-
-    def _asked(self, number: int) -> None:
-        if not self.stop.is_set():
-            self.say("stopping: saving the last whole step; press Ctrl-C again to stop without saving")
-            self.stop.set()
-        elif number == signal.SIGINT and self.main is not None:
-            self.say(f"stopped without saving: the last checkpoint stands (exit {INTERRUPTED})")
-            os._exit(INTERRUPTED)

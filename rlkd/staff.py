@@ -15,6 +15,7 @@ from rlkd.engines.endpoint import Endpoint, EndpointOptions
 from rlkd.inputs import Inputs
 from rlkd.model_folder import model_config, vocabulary
 from rlkd.teachers import scorers, shared, writers
+from rlkd.workers.crew import Stacks
 from rlkd.workers.placement import Placement
 from rlkd.workers.pool import Pool, PoolOptions
 from rlkd.workers.rollout import spawner as writer_spawner
@@ -38,6 +39,8 @@ class Staff:
     tell: Tell
     stack: AsyncExitStack
     asked: bool = True
+    was_draining: Callable[[str], bool] = lambda _: False
+    stacks: Stacks | None = None
     pools: dict[str, Pool] = field(default_factory=dict, init=False)  # by role; to be started in this order
 
     def __post_init__(self) -> None:
@@ -116,14 +119,19 @@ class Staff:
             "attention": self.config.model.attention,
         }
         spawn = scorer_spawner(options, environment(n), lambda i: placement.options(f"{role}-{i}"))
-        return Pool(role, spawn, scorer.workers, options=PoolOptions(timeout_s=scorer.timeout_s))
+        return self._crew(role, spawn, scorer.workers, PoolOptions(timeout_s=scorer.timeout_s))
 
     def _writer(self, name: str, teacher: TeacherConfig, placement: Placement, threads: Threads) -> Pool:
         role, n, w = _writer_role(name), teacher.threads or threads.scorer, teacher.writer
         same = ("context", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization")
         options = {**self._folder(name), **{key: getattr(w, key) for key in same}, "threads": n}
         spawn = writer_spawner(w.engine, options, environment(n), lambda i: placement.options(f"{role}-{i}"))
-        return Pool(role, spawn, teacher.workers, options=PoolOptions(timeout_s=teacher.timeout_s, probe_s=PROBE_S))
+        return self._crew(role, spawn, teacher.workers, PoolOptions(timeout_s=teacher.timeout_s, probe_s=PROBE_S))
+
+    def _crew(self, role: str, spawn: Callable[[int], Any], size: int, options: PoolOptions) -> Pool:
+        return Pool(
+            role, spawn, size, options=options, tell=self.tell, was_draining=self.was_draining, stacks=self.stacks
+        )
 
     def _folder(self, name: str) -> dict[str, Any]:
         m = self.config.model

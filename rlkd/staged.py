@@ -13,31 +13,57 @@ from typing import Any
 
 from rlkd import export as exported
 from rlkd import run
+from rlkd.attempt import RECORD, lost, run_directory
 from rlkd.config.load import Loaded
 from rlkd.config.schema import Config
 from rlkd.config.stages import Stage
-from rlkd.core.errors import OK, PreflightError
+from rlkd.core.errors import OK, ConfigError, PreflightError
+from rlkd.lease import held
 from rlkd.report.files import replace_file
 
 INDEX = "stages.json"  # in the run's folder: the stages' folders, in order
 
 
-def train(stages: Sequence[Stage], recipe: Path) -> int:
-    """Run what is left of the stages; the exit code of the last."""
+def train(stages: Sequence[Stage], recipe: Path, resume: str = "auto", accept_new_data: bool = False) -> int:
+    """Run what is left of the stages; the exit code of the last. `resume` and `accept_new_data` as in run.train."""
     if not stages[0].name:
-        return run.train(stages[0].config, recipe)
-    root = Path(stages[0].config.report.directory) / stages[0].config.name
+        return run.train(stages[0].config, recipe, resume, accept_new_data)
+    root = run_directory(stages[0].config)
     names = [f"{number}-{stage.name}" for number, stage in enumerate(stages, 1)]
-    _open(root, names)
+    _may_resume(root, resume)
+    _check(root, names)
+    with held(root, stages[0].config.preempt.lease_s, lambda text: run.say("lease", text), lost):
+        _open(root, names)
+        return _all(stages, names, root, recipe, accept_new_data)
+
+
+def _all(stages: Sequence[Stage], names: Sequence[str], root: Path, recipe: Path, accept_new_data: bool) -> int:
     code, start = OK, None
     for name, stage in zip(names, stages, strict=True):
         config = placed(stage.config, root, name, start)
         if max(exported.checkpoints(root / name), default=-1) < config.schedule.steps:
-            code = run.train(config, recipe)
+            code = run.train(config, recipe, "auto", accept_new_data, name != names[-1])
         else:
             run.say("stage", f"{name} is done")
         start = exported.newest(root / name)
     return code
+
+
+def _may_resume(root: Path, resume: str) -> None:
+    if resume.isdecimal():
+        raise ConfigError(
+            "RLKD-C414",
+            f"--resume {resume}, but the recipe has stages, and each counts its own steps",
+            where="command line",
+            fix="--resume auto; to go back in a stage, move its later checkpoints away",
+        )
+    if resume == "never" and (root / INDEX).exists():
+        raise PreflightError(
+            "RLKD-E162",
+            "--resume never, but there is a run in this folder",
+            where=str(root),
+            fix="give another name=…, or --resume auto to go on with it",
+        )
 
 
 def check(stages: Sequence[Stage]) -> dict[str, Any]:
@@ -52,6 +78,9 @@ def check(stages: Sequence[Stage]) -> dict[str, Any]:
 def placed(config: Config, root: Path, name: str, start: Path | None) -> Config:
     """The stage's config, in its folder and from where the stage before it ended."""
     config = replace(config, name=name, report=replace(config.report, directory=str(root)))
+    if config.checkpoint.remote is not None:  # another run's stages have the same names
+        remote = f"{config.checkpoint.remote.rstrip('/')}/{root.name}"
+        config = replace(config, checkpoint=replace(config.checkpoint, remote=remote))
     if start is None:
         return config
     config = replace(config, model=replace(config.model, path=str(start)))
@@ -71,8 +100,24 @@ def run_folder(directory: Path) -> Path:
     return begun[-1] if begun else folders[0]
 
 
+def begun_folder(directory: Path) -> Path:
+    """The folder of a run, or, of a run with stages, that of the last stage that was begun."""
+    index = directory / INDEX
+    if not index.exists():
+        return directory
+    folders = [directory / name for name in json.loads(index.read_text())["stages"]]
+    return next((folder for folder in reversed(folders) if (folder / RECORD).exists()), folders[0])
+
+
 def _open(root: Path, names: Sequence[str]) -> None:
     """Make the run's folder, or go on in it. PreflightError if it belongs to other stages or to something else."""
+    _check(root, names)
+    root.mkdir(parents=True, exist_ok=True)
+    replace_file(root / INDEX, json.dumps({"stages": list(names)}))
+
+
+def _check(root: Path, names: Sequence[str]) -> None:
+    """PreflightError if the folder belongs to other stages or to something else."""
     index = root / INDEX
     if index.exists():
         there = json.loads(index.read_text())["stages"]
@@ -83,9 +128,7 @@ def _open(root: Path, names: Sequence[str]) -> None:
                 where=str(root),
                 fix="give another name=…",
             )
-    elif root.exists() and any(root.iterdir()):
+    elif root.exists() and any(not p.name.startswith(".lease") for p in root.iterdir()):
         raise PreflightError(
             "RLKD-E132", "the run's folder has other things in it", where=str(root), fix="give another name=…"
         )
-    root.mkdir(parents=True, exist_ok=True)
-    replace_file(index, json.dumps({"stages": list(names)}))

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from rlkd.core.batch import MicroBatch
-from rlkd.core.errors import WorkerLost
+from rlkd.core.errors import LearnerLost, SaveFailed, WorkerLost
 from rlkd.core.ports import Completion, Knobs, Sampling
 from rlkd.core.types import Finish, Group, Prompt, Sample, TopK
+from rlkd.train.ledger import Row
 from tests.toys import prompt_of
 
 
@@ -70,12 +71,19 @@ class FakeLearner:
     seconds: float = 0.0
     trained: list[list[int]] = field(default_factory=list)  # per step, the first tokens of the groups' prompts
     steps: int = 0
-    die_at: int | None = None
+    dies: Callable[[int], bool] = lambda _: False  # at this update, counted over all rebuilds
+    cannot_save: int = 0  # how many saves fail
+    updates: int = 0
+    rebuilt: int = 0
+    lost: bool = False
 
     async def update(self, batch: list[list[MicroBatch]], knobs: Knobs) -> Mapping[str, float]:
+        self._alive()
         await asyncio.sleep(self.seconds)
-        if self.die_at == self.steps:
-            raise RuntimeError("learner died (on purpose)")
+        self.updates += 1
+        if self.dies(self.updates):
+            self.lost = True
+            raise LearnerLost("learner-0.update: killed (on purpose)")
         firsts = set()
         for turn in batch:
             for x in turn:
@@ -86,17 +94,33 @@ class FakeLearner:
         return {"loss": 0.0}
 
     async def publish(self, version: int) -> None:
+        self._alive()
         self.policy.version = version
 
-    async def save(self, path: str) -> None:
+    async def save(self, path: str) -> Mapping[str, str]:
+        self._alive()
+        if self.cannot_save:
+            self.cannot_save -= 1
+            raise SaveFailed("no space left (on purpose)")
         Path(path).mkdir(parents=True)
         (Path(path) / "steps.json").write_text(json.dumps([self.steps, self.trained]))
+        return {"rank-0/weights": str(self.trained)}
 
     async def export(self, path: str) -> None:
         Path(path).mkdir()
 
-    async def load(self, path: str) -> None:
+    async def load(self, path: str) -> Mapping[str, str]:
+        self._alive()
         self.steps, self.trained = json.loads((Path(path) / "steps.json").read_text())
+        return {"rank-0/weights": str(self.trained)}
+
+    async def rebuild(self) -> None:
+        self.rebuilt += 1
+        self.steps, self.trained, self.lost = 0, [], False
+
+    def _alive(self) -> None:
+        if self.lost:
+            raise LearnerLost("learner-0: the learner was stopped (on purpose)")
 
 
 @dataclass
@@ -112,9 +136,8 @@ class FakeCurriculum:
         self.cursor += 1
         return prompt
 
-    def observe(self, group: Group) -> bool:
+    def observe(self, group: Group) -> None:
         self.observed += 1
-        return True
 
     def state_dict(self) -> dict[str, Any]:
         return {"cursor": self.cursor}
@@ -139,6 +162,7 @@ class FakeReport:
     rows: list[tuple[int, list[Group], dict[str, float]]] = field(default_factory=list)
     events: list[tuple[str, str]] = field(default_factory=list)
     observed: int = 0
+    ledger: list[tuple[int, list[Row]]] = field(default_factory=list)
 
     def observe(self, group: Group, seconds: Mapping[str, float]) -> None:
         self.observed += 1
@@ -147,6 +171,9 @@ class FakeReport:
         self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], timings: Mapping[str, float]
     ) -> None:
         self.rows.append((step, list(groups), dict(metrics)))
+
+    def resolved(self, step: int, rows: Sequence[Row]) -> None:
+        self.ledger.append((step, list(rows)))
 
     def event(self, kind: str, text: str, **fields: Any) -> None:
         self.events.append((kind, text))

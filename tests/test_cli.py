@@ -17,6 +17,7 @@ import rlkd
 from rlkd import cli, staged
 from rlkd.config.load import Loaded
 from rlkd.core import errors
+from rlkd.report import secrets
 
 RECIPE = """\
 model: {path: models/tiny}
@@ -68,11 +69,24 @@ def invoke(*args: str) -> Any:
 def test_train_loads_the_recipe_and_runs_it(recipe: str, calls: Calls) -> None:
     result = invoke("train", recipe, "learner.lr=1e-4", "--name", "mine")
     assert result.exit_code == 0, result.output
-    ((name, config, path),) = calls
-    assert (name, path) == ("train", Path(recipe))
+    ((name, config, path, resume, accept_new_data),) = calls
+    assert (name, path, resume, accept_new_data) == ("train", Path(recipe), "auto", False)
     assert isinstance(config, Loaded)
     assert (config.learner.lr, config.name) == (1e-4, "mine")
     assert config.written.overrides == ("learner.lr=1e-4", "name=mine")
+
+
+def test_how_to_go_on_and_whether_bit_by_bit(recipe: str, calls: Calls) -> None:
+    for step in ("never", "12"):
+        assert invoke("train", recipe, "--resume", step, "--accept-new-data", "--deterministic").exit_code == 0
+    assert [call[3:] for call in calls] == [("never", True), ("12", True)]
+    assert all(call[1].deterministic for call in calls)
+    calls.clear()
+    result = invoke("train", recipe, "--resume", "newest")
+    assert result.exit_code == 2
+    assert "--resume newest" in result.stderr
+    assert "auto, never, or a step" in result.stderr
+    assert not calls
 
 
 @pytest.mark.usefixtures("calls")
@@ -109,6 +123,35 @@ def test_export_and_model_get(calls: Calls) -> None:
     ]
 
 
+def test_ckpt_and_why_stuck(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from rlkd import ckpt, why_stuck
+
+    made: Calls = []
+    for name in ("ls", "verify", "pin", "unpin", "prune"):
+        told = {"text": name, "exit": 7} if name == "verify" else {"text": name}
+        monkeypatch.setattr(ckpt, name, lambda *args, told=told: made.append((told["text"], *args)) or told)
+    monkeypatch.setattr(why_stuck, "why_stuck", lambda run: {"text": f"{run.name} waits"})
+    run = str(tmp_path)
+    assert invoke("ckpt", "ls", run).stdout == "ls\n"
+    assert invoke("ckpt", "verify", run).exit_code == 7
+    assert invoke("ckpt", "verify", run, "3", "--json").exit_code == 7
+    assert invoke("ckpt", "pin", run, "3").exit_code == invoke("ckpt", "unpin", run, "3").exit_code == 0
+    assert invoke("ckpt", "prune", run, "--last", "4", "--dry").exit_code == 0
+    assert made == [
+        ("ls", tmp_path),
+        ("verify", tmp_path, None),
+        ("verify", tmp_path, 3),
+        ("pin", tmp_path, 3),
+        ("unpin", tmp_path, 3),
+        ("prune", tmp_path, 4, None, None, True),
+    ]
+    (tmp_path / "stages.json").write_text('{"stages": ["1-sft", "2-rl", "3-more"]}')
+    for stage in ("1-sft", "2-rl"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "run.json").write_text("{}")
+    assert invoke("why-stuck", run).stdout == "2-rl waits\n"
+
+
 @pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize(
     ("error", "code", "said"),
@@ -142,6 +185,32 @@ def test_every_error_has_its_exit_code_and_its_words(
     assert said in result.stderr
     assert result.stdout == ""
     assert ("Traceback" in result.stderr) == isinstance(error, ZeroDivisionError)
+
+
+@pytest.mark.faults("F65")
+def test_no_error_shows_a_secret(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one of the environment nor one that stands in the recipe, whatever the error is."""
+    monkeypatch.setattr(secrets, "KNOWN", secrets.Secrets())
+    monkeypatch.setenv("MY_API_KEY", "hf_TESTSECRETenvironment")
+    Path(recipe).write_text(RECIPE + "schedule: {api_key: sk-TESTSECRETrecipe}\n")
+    result = invoke("check", recipe, "name=hf_TESTSECRETenvironment/", "sampler.password=TESTSECRETcommand", "--json")
+    assert result.exit_code == 2
+    assert "unknown key `schedule.api_key`" in result.stderr
+    assert "TESTSECRET" not in result.output + result.stderr
+    assert "<redacted:MY_API_KEY>" in result.stderr
+    assert "<redacted:api_key>" in result.stderr  # the line of the recipe that is shown
+    for error in (ZeroDivisionError("at sk-TESTSECRETrecipe"), errors.Stopped(75, "at sk-TESTSECRETrecipe")):
+
+        def fail(*_: Any, error: Exception = error) -> int:
+            error.add_note("and sk-TESTSECRETrecipe")
+            raise error
+
+        monkeypatch.setattr("rlkd.staged.check", fail)
+        Path(recipe).write_text(RECIPE + "# token: sk-TESTSECRETrecipe\n")
+        result = invoke("check", recipe)
+        assert "at <redacted:" in result.stderr
+        assert "and <redacted:" in result.stderr
+        assert "TESTSECRET" not in result.output + result.stderr
 
 
 def test_problems_are_data_with_json(recipe: str, calls: Calls) -> None:
@@ -209,7 +278,7 @@ def test_version_and_help_from_the_shell(tmp_path: Path) -> None:
     version, help_ = rlkd_program("--version", cwd=tmp_path), rlkd_program("--help", cwd=tmp_path)
     assert (version.returncode, help_.returncode) == (0, 0)
     assert version.stdout.startswith("rlkd ")
-    for command in ("train", "check", "doctor", "eval", "export", "model"):
+    for command in ("train", "check", "doctor", "eval", "export", "model", "ckpt", "why-stuck"):
         assert f"  {command}" in help_.stdout
 
 

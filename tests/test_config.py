@@ -564,6 +564,7 @@ def test_every_number_has_a_range() -> None:
 
 # -- any mistake -------------------------------------------------------------------------------------------------------
 
+FUZZ = int(os.environ.get("RLKD_FUZZ", "40"))  # inputs of the slow properties
 LETTERS = st.sampled_from("abcdefghijklmnopqrstuvwxyz_")
 
 
@@ -600,7 +601,7 @@ def edited(draw: st.DrawFn, word: str) -> str:
     return word[:at] + ("" if kind == "delete" else draw(LETTERS)) + word[at + 1 :]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_one_wrong_letter_in_any_key_is_caught_and_understood(
     full_recipe: dict[str, Any], tmp_path: Path, data: st.DataObject
@@ -640,7 +641,7 @@ def test_garbage_is_a_config_error(tmp_path: Path, text: str | bytes, override: 
         load(path, [override])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_junk_anywhere_in_a_recipe_is_a_config_error_or_fits(
     full_recipe: dict[str, Any], tmp_path: Path, data: st.DataObject

@@ -3,6 +3,9 @@
 import asyncio
 import json
 import math
+import random
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,19 @@ import pytest
 
 from rlkd.algorithms.dapo import DAPO
 from rlkd.algorithms.grpo import GRPO
-from rlkd.core.errors import CheckpointError, DataError, InfrastructureError, Stopped
+from rlkd.core.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    InfrastructureError,
+    PreflightError,
+    Stopped,
+)
 from rlkd.core.ports import Sampling, Services
+from rlkd.core.stop import StopRequest
 from rlkd.rollout import Sampled
+from rlkd.store import manifest
+from rlkd.store.store import Store
 from rlkd.train.checkpoint import Checkpoints
 from rlkd.train.evaluate import Evaluator
 from rlkd.train.loop import Loop, Schedule
@@ -37,11 +50,12 @@ def loop_of(tmp: Path, **changes: Any) -> Loop:
         "algorithm": GRPO(rollout=Sampled(samples=4)),
         "curriculum": FakeCurriculum(),
         "learner": FakeLearner(policy),
-        "checkpoints": Checkpoints(tmp / "checkpoints"),
+        "checkpoints": Checkpoints(Store(tmp / "checkpoints")),
         "evaluator": Evaluator([], Sampling(8)),
         "report": FakeReport(),
     }
-    return Loop(schedule=schedule, prompts=AllPrompts(), services=Services(policy, verify), **{**defaults, **changes})
+    defaults["prompts"] = AllPrompts()
+    return Loop(schedule=schedule, services=Services(policy, verify), **{**defaults, **changes})
 
 
 def all_trained(loop: Loop) -> list[int]:
@@ -137,7 +151,7 @@ def test_stop_saves_and_the_same_run_continues_without_loss(tmp_path: Path) -> N
         loop = loop_of(tmp_path, policy=policy, schedule=schedule)
 
         async def run(loop: Loop = loop, after: float = 0.004 + 0.0007 * attempt) -> int:
-            asyncio.get_running_loop().call_later(after, loop.stop.set)
+            asyncio.get_running_loop().call_later(after, loop.stop.ask, StopRequest("signal", "SIGTERM"))
             return await loop.run()
 
         try:
@@ -152,33 +166,231 @@ def test_stop_saves_and_the_same_run_continues_without_loss(tmp_path: Path) -> N
     assert len(loop.learner.trained) == 12  # type: ignore[attr-defined]
 
 
+def change_driver(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """As if it had been saved like this: the manifest fits the changed file."""
+    saved = json.loads((checkpoint / "driver.json").read_text())
+    change(saved)
+    (checkpoint / "driver.json").write_text(json.dumps(saved))
+    facts = manifest.read(checkpoint).facts
+    (checkpoint / manifest.MANIFEST).unlink()
+    manifest.save(checkpoint, manifest.written(checkpoint, saved["step"], {**facts, "digests": {}}))
+
+
+@pytest.mark.faults("F9")
 def test_forgetting_what_is_owed_would_be_caught(tmp_path: Path) -> None:
-    """Negative control of the test above: drop `owed` from the checkpoint, and prompts are skipped."""
+    """Negative control of the test above: drop what is pending from the checkpoint, and prompts are skipped."""
     schedule = Schedule(steps=4, groups_per_step=3, staleness=1)
     first = loop_of(tmp_path, schedule=replace(schedule, steps=2))
     asyncio.run(first.run())
-    path = tmp_path / "checkpoints" / "step-000002" / "driver.json"
-    saved = json.loads(path.read_text())
-    assert saved["owed"], "with staleness 1 groups are under way at every step"
-    path.write_text(json.dumps({**saved, "owed": []}))
+
+    def forget(saved: dict[str, Any]) -> None:
+        ledger = saved["ledger"]
+        assert ledger["pending"], "with staleness 1 groups are under way at every step"
+        done = len(ledger["pending"])
+        saved["ledger"] |= {"pending": [], "frontier": ledger["next_ticket"], "beyond": []}
+        saved["ledger"]["counts"]["trained"] += done
+
+    change_driver(tmp_path / "checkpoints" / "step-000002", forget)
     second = loop_of(tmp_path, schedule=schedule)
     asyncio.run(second.run())
     assert sorted(all_trained(second)) != list(range(1000, 1012))
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.faults("F8")
+def test_a_learner_that_dies_is_built_again_and_the_ledger_is_that_of_a_quiet_run(tmp_path: Path, seed: int) -> None:
+    """Killed in every third update or so; what was done after the last checkpoint is done again, and nothing else."""
+    schedule = Schedule(steps=10, groups_per_step=3, staleness=seed % 2)
+    quiet = loop_of(tmp_path / "quiet", schedule=schedule)
+    asyncio.run(quiet.run())
+    rng = random.Random(seed)
+    policy = FakePolicy(long_tailed(seed))
+    learner = FakeLearner(policy, dies=lambda _: rng.random() < 0.3)
+    store = Checkpoints(Store(tmp_path / "killed" / "checkpoints"), every=rng.choice([1, 2, 3]))
+    loop = loop_of(tmp_path, policy=policy, learner=learner, checkpoints=store, schedule=schedule, max_restarts=100)
+    assert asyncio.run(loop.run()) == 0
+    assert learner.rebuilt
+    assert learner.trained == quiet.learner.trained  # type: ignore[attr-defined]
+    assert loop.buffer.ledger.chain == quiet.buffer.ledger.chain
+    assert loop.buffer.ledger.counts == {"trained": 30}
+
+
+@pytest.mark.faults("F8")
+def test_a_learner_that_dies_without_end_ends_the_run(tmp_path: Path) -> None:
+    policy = FakePolicy()
+    loop = loop_of(tmp_path, policy=policy, learner=FakeLearner(policy, dies=lambda _: True))
+    with pytest.raises(InfrastructureError, match="lost 4 times without a new checkpoint"):
+        asyncio.run(loop.run())
+    assert loop.learner.rebuilt == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.faults("F9")
+def test_going_on_with_the_old_ledger_after_a_rollback_would_be_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: if the ledger does not go back with the weights, other prompts are trained."""
+    policy = FakePolicy()
+    learner = FakeLearner(policy, dies=lambda n: n == 5)
+    loop = loop_of(tmp_path, policy=policy, learner=learner, checkpoints=Checkpoints(Store(tmp_path / "c"), every=3))
+    restore = Checkpoints.restore
+
+    async def forgetful(self: Checkpoints, *arguments: Any) -> Any:
+        before = getattr(loop, "buffer", None)
+        state = await restore(self, *arguments)
+        return state if before is None else replace(state, ledger=before.ledger)
+
+    monkeypatch.setattr(Checkpoints, "restore", forgetful)
+    asyncio.run(loop.run())
+    assert all_trained(loop) != list(range(1000, 1020))
+
+
+@pytest.mark.faults("F22")
+def test_a_save_that_fails_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
+    policy = FakePolicy()
+    checkpoints = Checkpoints(Store(tmp_path / "checkpoints"), every=1)
+    loop = loop_of(tmp_path, policy=policy, learner=FakeLearner(policy, cannot_save=1), checkpoints=checkpoints)
+    assert asyncio.run(loop.run()) == 0
+    assert [kind for kind, _ in loop.report.events].count("save_failed") == 1  # type: ignore[attr-defined]
+    assert sorted(checkpoints.store.steps()) == [4, 5]
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.faults("F22")
+def test_saves_that_fail_again_and_again_end_the_run(tmp_path: Path) -> None:
+    policy = FakePolicy()
+    checkpoints = Checkpoints(Store(tmp_path / "checkpoints"), every=1)
+    loop = loop_of(tmp_path, policy=policy, learner=FakeLearner(policy, cannot_save=99), checkpoints=checkpoints)
+    with pytest.raises(PreflightError, match="2 saves in a row failed"):
+        asyncio.run(loop.run())
+
+
+@pytest.mark.faults("F24")
+def test_a_checkpoint_that_loads_as_something_else_is_refused(tmp_path: Path) -> None:
+    """Level L1: what the learner has after loading is compared with what it had when it saved."""
+    asyncio.run(loop_of(tmp_path, schedule=Schedule(steps=2, groups_per_step=2)).run())
+    loop = loop_of(tmp_path)
+    load = loop.learner.load
+
+    async def other(path: str) -> Any:
+        return {**await load(path), "rank-0/weights": "something else"}
+
+    loop.learner.load = other  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="rank-0/weights"):
+        asyncio.run(loop.run())
+
+
+@pytest.mark.faults("F11")
+def test_a_deadline_that_is_too_near_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    policy = FakePolicy()
+    learner = FakeLearner(policy, seconds=0.02)
+    checkpoints = Checkpoints(Store(tmp_path / "checkpoints"), every=2)
+    loop = loop_of(tmp_path, policy=policy, learner=learner, checkpoints=checkpoints,
+                   schedule=Schedule(steps=1000, groups_per_step=2))  # fmt: skip
+
+    async def run() -> int:
+        task = asyncio.create_task(loop.run())
+        while getattr(loop, "step", 0) < 5:
+            await asyncio.sleep(0.001)
+        loop.stop.ask(StopRequest("drain", "the node is reclaimed", time.monotonic() + 1.0))
+        return await task
+
+    with pytest.raises(Stopped, match=r"no time to save within 1 s; the checkpoint of step \d+ stands"):
+        asyncio.run(run())
+    assert max(checkpoints.store.steps()) % 2 == 0
+
+
+@pytest.mark.faults("F49")
+def test_new_data_begins_a_fresh_segment(tmp_path: Path) -> None:
+    """What was owed of the old data is given up, and said so; tickets go on, the new prompts begin at their first."""
+    old = loop_of(tmp_path, schedule=Schedule(steps=2, groups_per_step=3, staleness=1))
+    asyncio.run(old.run())
+    driver = json.loads((tmp_path / "checkpoints" / "step-000002" / "driver.json").read_text())
+    owed = len(driver["ledger"]["pending"])
+    assert owed
+    checkpoints = Checkpoints(Store(tmp_path / "checkpoints"), new_data=True)
+    new = loop_of(tmp_path, schedule=Schedule(steps=4, groups_per_step=3), checkpoints=checkpoints,
+                  curriculum=FakeCurriculum(cursor=500), prompts={})  # fmt: skip
+    asyncio.run(new.run())
+    ledger = new.buffer.ledger
+    assert all_trained(new) == [*range(1000, 1006), *range(1500, 1506)]
+    assert ledger.counts == {"trained": 12, "the data was changed": owed}
+    assert ledger.problems() == []
+
+
+def test_without_the_word_for_it_other_data_is_refused(tmp_path: Path) -> None:
+    """Negative control of the test above: what is owed cannot be asked again."""
+    asyncio.run(loop_of(tmp_path, schedule=Schedule(steps=2, groups_per_step=3, staleness=1)).run())
+    with pytest.raises(CheckpointError, match="ledger"):
+        asyncio.run(loop_of(tmp_path, schedule=Schedule(steps=4, groups_per_step=3), prompts={}).run())
+
+
+def test_what_a_step_resolves_does_not_depend_on_who_was_faster(tmp_path: Path) -> None:
+    """Groups are turned away at random places and times; every run has the same ledger."""
+    chains = set()
+    for seed in range(8):
+        policy = FakePolicy(long_tailed(seed))
+        loop = loop_of(tmp_path / str(seed), policy=policy, algorithm=DAPO(rollout=Sampled(samples=2)))
+        asyncio.run(loop.run())
+        chains.add(loop.buffer.ledger.chain)
+        assert loop.buffer.ledger.problems() == []
+        assert sum(loop.buffer.ledger.counts.values()) > 20
+    assert len(chains) == 1
+
+
+@pytest.mark.parametrize("error", [DataError, InfrastructureError, ZeroDivisionError])
+def test_whatever_ends_the_run_the_last_whole_step_is_saved(tmp_path: Path, error: type[Exception]) -> None:
+    calls = []
+
+    def broken(sample: Any) -> float:
+        calls.append(sample)
+        if len(calls) > 40:
+            raise error("RLKD-X", "no") if error is not ZeroDivisionError else error("no")
+        return float(len(calls) % 2)
+
+    with pytest.raises(error):
+        asyncio.run(loop_of(tmp_path, verify=FakeVerify(broken)).run())
+    assert sorted(Store(tmp_path / "checkpoints").steps()) == [2]
+
+
+@pytest.mark.faults("F54")
+def test_but_not_when_its_numbers_are_in_doubt(tmp_path: Path) -> None:
+    """Negative control of the test above."""
+    calls = []
+
+    def diverged(sample: Any) -> float:
+        calls.append(sample)
+        if len(calls) > 40:
+            raise DivergedError("RLKD-X", "nan")
+        return float(len(calls) % 2)
+
+    with pytest.raises(DivergedError):
+        asyncio.run(loop_of(tmp_path, verify=FakeVerify(diverged)).run())
+    assert not Store(tmp_path / "checkpoints").steps()
+
+
 def test_an_unreadable_checkpoint_is_refused(tmp_path: Path) -> None:
     asyncio.run(loop_of(tmp_path, schedule=Schedule(steps=2, groups_per_step=2)).run())
-    (tmp_path / "checkpoints" / "step-000002" / "driver.json").write_text('{"step": 2')
+    change_driver(tmp_path / "checkpoints" / "step-000002", lambda saved: saved.pop("ledger"))
     with pytest.raises(CheckpointError, match=r"driver\.json"):
         asyncio.run(loop_of(tmp_path).run())
 
 
-def test_old_checkpoints_go_and_half_written_ones_are_ignored(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=2)
+def test_old_checkpoints_go(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Store(tmp_path / "checkpoints"), every=1)
     asyncio.run(loop_of(tmp_path, checkpoints=checkpoints).run())
-    assert [p.name for p in checkpoints.complete()] == ["step-000004", "step-000005"]
-    (tmp_path / "checkpoints" / "step-000005" / "COMPLETE").unlink()
-    assert [p.name for p in checkpoints.complete()] == ["step-000004"]
+    assert sorted(checkpoints.store.steps()) == [4, 5]
+
+
+def test_without_a_number_of_steps_the_time_between_saves_follows_what_a_save_takes(tmp_path: Path) -> None:
+    now = [0.0]
+    checkpoints = Checkpoints(Store(tmp_path), every=None, between_failures_s=8.0, clock=lambda: now[0])
+    checkpoints.save_s = 4.0
+    assert checkpoints.interval_s == pytest.approx(8.0)  # √(2·4·8)
+    now[0] = 7.9
+    assert not checkpoints.due(3, 10)
+    now[0] = 8.0
+    assert checkpoints.due(3, 10)
+    assert checkpoints.due(10, 10)
 
 
 def test_evaluation_uses_the_same_seeds_every_time(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_runs_folder_is_that_of_its_last_stage_begun(tmp_path: Path) -> None:
     staged._open(root, ["1-warm", "2-rl"])
     assert staged.run_folder(root) == root / "1-warm"
     for name in ("1-warm", "2-rl"):
-        done = root / name / "checkpoints/step-000002/COMPLETE"
+        done = root / name / "checkpoints/step-000002/MANIFEST.json"
         done.parent.mkdir(parents=True)
         done.touch()
         assert staged.run_folder(root) == root / name

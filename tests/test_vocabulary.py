@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from rlkd.algorithms.grpo import GRPO
 from rlkd.config.schema import Config, DataConfig, ModelConfig, ScorerConfig, TeacherConfig, WriterConfig
@@ -88,7 +89,7 @@ def model(folder: Path, tokenizer: Any, context: int | None = 64, rows: int = 30
     content = {"model_type": "llama", "vocab_size": rows}
     (folder / "config.json").write_text(json.dumps(content | ({"max_position_embeddings": context} if context else {})))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    (folder / "model.safetensors").write_bytes(b"")
+    save_file({}, folder / "model.safetensors")
     return folder
 
 

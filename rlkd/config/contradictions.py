@@ -4,6 +4,7 @@ What needs the machine (a GPU, packages, the model's folder) is for preflight, w
 `longest_prompt`.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -14,6 +15,7 @@ from rlkd.config.finding import Finding, Given
 from rlkd.config.ranges import not_finite, outside, value_at
 from rlkd.config.schema import Config, CurriculumConfig
 from rlkd.config.teacher_rules import teachers
+from rlkd.core.stop import seconds_until
 from rlkd.core.types import Signal
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # it becomes a folder; F30 of reliability_ux.md
@@ -79,6 +81,14 @@ def _rewards(given: Given) -> Iterator[Finding]:
         key = f"rewards.{name}"
         for problem in reward.problems() if hasattr(reward, "problems") else ():
             yield Finding((key,), f"{key}: {problem}", "see the reward's file for what each option means")
+        if not hasattr(reward, "longest_s"):
+            continue
+        most = max(_samples(given.config), given.config.evaluate.samples)  # answers of a group
+        longest, limit = reward.longest_s(most), given.config.verifier.timeout_s
+        if longest > limit:
+            what = f"{key} may take {longest:g} s for a group, and verifier.timeout_s={limit:g} ends it as a failure"
+            fix = f"verifier.timeout_s={math.ceil(longest)}, or a smaller {key}.answer_s"
+            yield Finding(("verifier.timeout_s", key), what, fix)
     cut, answer = getattr(rewards.get("overlong"), "max_tokens", None), given.config.sampler.max_tokens
     if cut is not None and cut > answer:
         what = f"rewards.overlong.max_tokens={cut} is never reached: answers end at sampler.max_tokens={answer}"
@@ -234,6 +244,37 @@ def _evaluate(given: Given) -> Iterator[Finding]:
         yield Finding(("evaluate.k", key), what, fix)
 
 
+def _checkpoint(given: Given) -> Iterator[Finding]:
+    c, evaluate = given.config.checkpoint, given.config.evaluate
+    if c.keep_every and c.every and c.keep_every % c.every:
+        what = f"checkpoint.keep_every={c.keep_every} is no multiple of checkpoint.every={c.every}: few steps are both"
+        fix = f"checkpoint.keep_every={-(-c.keep_every // c.every) * c.every}"
+        yield Finding(("checkpoint.keep_every", "checkpoint.every"), what, fix)
+    if c.keep_best and not evaluate.every:
+        what = f"checkpoint.keep_best={c.keep_best} needs held-out results to compare, and evaluate.every=0"
+        yield Finding(
+            ("checkpoint.keep_best", "evaluate.every"), what, "give evaluate.every, or checkpoint.keep_best=0"
+        )
+    if c.keep_every and not c.every:
+        when = "only the last step is saved" if c.every == 0 else "it is saved by time, at no particular steps"
+        what = f"checkpoint.keep_every={c.keep_every} needs checkpoint.every: {when}"
+        yield Finding(("checkpoint.keep_every", "checkpoint.every"), what, f"checkpoint.every={c.keep_every}")
+    if c.keep_best and c.every == 0:
+        what = f"checkpoint.keep_best={c.keep_best}, and checkpoint.every=0 saves only the last step"
+        yield Finding(("checkpoint.keep_best", "checkpoint.every"), what, "give checkpoint.every")
+    if c.remote is not None and re.search(r"://[^/]*@|[*?\[\]]|^$|:/*$", c.remote):
+        what = "checkpoint.remote is no plain URL of a folder: it is empty, or has a password or one of `*?[]` in it"
+        fix = "for example s3://bucket/folder; keys come from the environment, see the store's own documentation"
+        yield Finding(("checkpoint.remote",), what, fix)
+
+
+def _health(given: Given) -> Iterator[Finding]:
+    warn, stop = given.config.health.mismatch_warn, given.config.health.mismatch_stop
+    if warn and stop and warn > stop:
+        what = f"health.mismatch_warn={warn} is above health.mismatch_stop={stop}: the run would end without a warning"
+        yield Finding(("health.mismatch_warn", "health.mismatch_stop"), what, f"health.mismatch_warn={stop / 10:g}")
+
+
 def _names(given: Given) -> Iterator[Finding]:
     config = given.config
     if not NAME.fullmatch(config.name):
@@ -244,6 +285,13 @@ def _names(given: Given) -> Iterator[Finding]:
             what = f"{teacher[:120]!r} cannot be the name of a teacher"
             fix = "letters, digits, `.`, `_` and `-`; `reference` is the policy's frozen start"
             yield Finding((f"teachers.{teacher}",), what, fix)
+    if (ends := config.preempt.must_end_by) is not None:
+        try:
+            seconds_until(ends, 0.0)
+        except ValueError:
+            what = f"preempt.must_end_by={ends!r} is no time"
+            fix = "seconds after the start (3600), or an ISO time (2026-11-21T18:00+01:00)"
+            yield Finding(("preempt.must_end_by",), what, fix)
     for key in ("report.directory", *(("report.wandb_project",) if config.report.wandb != "off" else ())):
         if not value_at(config, key):
             yield Finding((key,), f"{key} is empty", "give a name")
@@ -273,4 +321,6 @@ PARTS: tuple[Callable[[Given], Iterator[Finding]], ...] = (
     _learner,
     _data,
     _evaluate,
+    _checkpoint,
+    _health,
 )

@@ -82,6 +82,10 @@ class SamplerConfig:
     prefix_caching: bool = True
     enforce_eager: bool | None = None  # None: eager on CPU (compiling costs 97 s of start), graphs on GPU
     timeout_s: float = 600.0  # of one group's generation
+    stall_s: float = 120.0  # a worker that has work and writes no token for this long is killed and replaced
+    min_workers_timeout_s: float = 600.0  # without any worker; then the run saves and ends
+    replacements: int = 3  # of one worker in a row without an answer in between, then it is out; all out: the run ends
+    replacements_in_10_min: int = 10  # of one worker whatever it answered in between, then it is out
     threads: int | None = None  # None: planned (workers/threads.py)
 
 
@@ -149,6 +153,9 @@ class VerifierConfig:
         "fail"  # a reward that raises: stop, leave the sample out, or 0 by choice
     )
     max_error_fraction: float = 0.05  # stop above this share of unjudged samples (over at least 200), whatever on_error
+    recheck_fraction: float = 0.0  # judge this share of the groups twice: does a reward contradict itself?
+    min_tier: Literal["process", "userns+landlock"] = "userns+landlock"  # of rewards that run code a model wrote
+    accept_unsafe_code: bool = False  # run such code even where this machine has no sandbox for it
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,10 @@ class LearnerConfig:
     head_rows: int = 128  # rows of logits held at once
     gradient_checkpointing: bool = False
     timeout_s: float = 1800.0  # of one optimizer step, and of collectives between ranks
+    max_restarts: int = 3  # of all ranks, after one was lost, without a new checkpoint in between
     threads: int | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is not finite: end, or leave that step out
+    max_nonfinite: int = 3  # steps left out in a row with `skip`; one more ends the run
 
 
 @dataclass(frozen=True)
@@ -196,8 +206,41 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 0  # steps; 0: only after the last step
-    keep: int = 2
+    every: int | None = None  # steps; 0: only the last; null: by time, each √(2 · seconds of a save · the next one)
+    between_failures_s: float = 14400.0  # mean time between two interruptions, for saving by time
+    keep: int = 2  # the newest ones; the two newest whole ones are never deleted
+    keep_every: int = 0  # keep each whose step is a multiple of this too; 0: none
+    keep_best: int = 0  # keep as many with the best held-out result too
+    remote: str | None = None  # copy them there in the background: s3://bucket/folder, or any URL that fsspec knows
+    upload_wait_s: float = 60.0  # at the end of a run, for copies under way
+    max_failed_saves: int = 2  # in a row (a full disk), then the run stops; the checkpoints before stand
+
+
+@dataclass(frozen=True)
+class PreemptConfig:
+    """Machines that are taken away: how much notice there is, and one process at a time in a run's folder."""
+
+    poll_s: float = 1.0  # how often Ray is asked which nodes are being drained
+    coalesce_s: float = 5.0  # nodes that go within so many seconds of each other are one event: wait, then rebuild once
+    grace_s: float | None = None  # from SIGTERM until the platform kills; None: RAY_JOB_STOP_WAIT_TIME_S, or unknown
+    must_end_by: str | None = None  # save and end (exit 75) before: ISO time, or seconds after the start; None: never
+    margin_s: float = 10.0  # before must_end_by, beside what a save takes
+    lease_s: float = 60.0  # a process on another machine that gave no sign for so long no longer holds the run
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """What counts as ill, and what is done about it. Alarms only advise. 0 turns a number off."""
+
+    on_stall: Literal["warn", "abort"] = "warn"  # nothing moves for schedule.stall_s: stacks and a warning, or the end
+    canary_every: int = 10  # steps between two comparisons of learner and samplers on fixed tokens
+    canary: float | None = None  # nats they may be apart on average; null: 0.01 in float32, 0.2 in bfloat16
+    mismatch_warn: float | None = None  # nats, of the sampled tokens on average; null: 0.001 or 0.05
+    mismatch_stop: float | None = None  # null: 0.1 or 0.5; one token may differ by 20 times either
+    length_growth: float = 2.0  # alarm: answers this many times as long as in the first 10 steps
+    entropy_share: float = 0.1  # alarm: entropy below this share of that of the first 10 steps
+    repetition: float = 0.3  # alarm: share of an answer's 4-grams that it had before
+    truncated: float = 0.2  # alarm: share of answers cut at sampler.max_tokens
 
 
 @dataclass(frozen=True)
@@ -235,7 +278,10 @@ class Config:
     sync: SyncConfig = field(default_factory=SyncConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preempt: PreemptConfig = field(default_factory=PreemptConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     name: str = "run"
     seed: int = 0
+    deterministic: bool = False  # the same run bit by bit, also when it is interrupted (float32 on CPU); slower

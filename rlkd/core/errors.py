@@ -95,6 +95,16 @@ class InfrastructureError(RlkdError):
     exit_code = INFRASTRUCTURE
 
 
+class NoWorkers(InfrastructureError):
+    """None of a pool's workers is left, and none came back in time: the run saves its last whole step and ends."""
+
+
+class NodesGone(NoWorkers):
+    """The same, because their nodes were taken away: the same command continues where there are others."""
+
+    exit_code = RESUBMIT
+
+
 class BudgetReached(InfrastructureError):
     """A teacher's budget of tokens or money is spent: the run saves its last whole step and ends (RLKD-I720)."""
 
@@ -119,6 +129,10 @@ class WorkerLost(Exception):
 
 class LearnerLost(Exception):
     """A learner rank went away: the whole group must be rebuilt from the last checkpoint."""
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; what was committed before stands, and the learner is as it was."""
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:

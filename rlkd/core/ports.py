@@ -207,7 +207,7 @@ class Curriculum(Protocol):
     """Which prompt comes next."""
 
     def draw(self) -> Prompt: ...
-    def observe(self, group: Group) -> bool: ...  # learn from a group; True to train on it
+    def observe(self, group: Group) -> None: ...  # learn from a group; called in the order of drawing, once a step
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -221,8 +221,9 @@ class Learner(Protocol):
 
     async def update(self, batch: list[list[MicroBatch]], knobs: Knobs) -> Mapping[str, float]: ...
     async def publish(self, version: int) -> None: ...  # returns when every sampler has these weights
-    async def save(self, path: str) -> None: ...
-    async def load(self, path: str) -> None: ...
+    async def save(self, path: str) -> Mapping[str, str]: ...  # a digest of each part of its state; SaveFailed
+    async def load(self, path: str) -> Mapping[str, str]: ...  # the same, of what it has now
+    async def rebuild(self) -> None: ...  # after LearnerLost: new ranks, as at the start
     async def export(self, path: str) -> None: ...  # a Hugging Face folder, and probe.json beside it
 
 

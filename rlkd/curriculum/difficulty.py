@@ -70,7 +70,7 @@ class Difficulty(Uniform):
             self.passed_over += 1
         return super().draw()
 
-    def observe(self, group: Group) -> bool:
+    def observe(self, group: Group) -> None:
         """Takes the policy's own judged samples into the pass rate; a group without any teaches nothing."""
         passes = [s.reward > self.band.success for s in group.own if not math.isnan(s.reward)]
         if passes:
@@ -79,7 +79,6 @@ class Difficulty(Uniform):
             if index in self.records:
                 rate = self.band.recent * rate + (1 - self.band.recent) * self.records[index].rate
             self.records[index] = Record(rate, self.epoch)
-        return True
 
     def state_dict(self) -> dict[str, Any]:
         records = {str(index): [record.rate, record.epoch] for index, record in self.records.items()}

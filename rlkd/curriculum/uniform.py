@@ -33,8 +33,8 @@ class Uniform:
         index, seed = self._next()
         return replace(self.prompts[index], seed=seed)
 
-    def observe(self, group: Group) -> bool:
-        return True
+    def observe(self, group: Group) -> None:
+        """Nothing is learned from it."""
 
     def state_dict(self) -> dict[str, Any]:
         return {

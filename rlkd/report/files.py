@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from rlkd.report.secrets import without
+
 ROOM = 10_000  # rows held in memory while the disk takes none; beyond that the oldest is given up, and counted
 
 
 def plain(value: Any) -> Any:
-    """For json: NaN and infinities as null, numpy as Python, anything unknown as its text."""
-    if isinstance(value, bool | str) or value is None:
+    """For json: NaN and infinities as null, numpy as Python, anything unknown as its text; no secrets (secrets.py)."""
+    if isinstance(value, str):
+        return without(value)
+    if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, np.bool_):
         return bool(value)
@@ -23,12 +27,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {without(str(k)): plain(v) for k, v in value.items()}
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     if isinstance(value, Sequence):
         return [plain(v) for v in value]
-    return str(value)
+    return without(str(value))
 
 
 def as_json(value: Any, sort_keys: bool = True) -> str:
@@ -116,11 +120,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new text, never half of it. OSError leaves the old one."""
+    """Write a file so that a reader sees the old or the new text, never half of it, and no secret (secrets.py).
+    OSError leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(without(text), encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ score/NAME                 mean of the reward's parts
 length/mean, length/max    tokens an answer has
 truncated, aborted         share of answers that hit the length limit, that were cut off for other reasons
 unjudged                   answers no verifier could judge; they are in none of the above
+verifier_disagreement      of answers judged twice so far, the share with other scores (verifier.recheck_fraction)
 guided                     share of samples with tokens of a teacher
 groups/finished            groups with rewards since the last step; of them (share):
 groups/all_right, groups/all_wrong, groups/mixed

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from rlkd.report import words
+from rlkd.report.secrets import without
 
 
 class _Console(Console):
@@ -45,6 +46,7 @@ class Progress:
 
     def say(self, text: str, style: str = "") -> None:
         """A line that stays, above the live picture."""
+        text = without(text)
         if self._live is None:
             self._safely(lambda: print(text, file=self._stream, flush=True))
         else:

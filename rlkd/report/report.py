@@ -3,6 +3,7 @@
     metrics.jsonl           one row a step: the source of truth (report/metrics.py has the names)
     samples/step-….jsonl    a few groups of a step, readable
     eval/step-….json        held-out evaluations
+    ledger.jsonl            what a step did with every prompt it took: trained, or turned away and why
     events.jsonl            warnings, lost workers, saves, waits
     reward.svg              the reward curve, at the end
 
@@ -55,6 +56,22 @@ class Estimate(Protocol):
 
 
 @runtime_checkable
+class Resolved(Protocol):
+    """A prompt's end (train/ledger.py)."""
+
+    @property
+    def ticket(self) -> int: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def what(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+
+
+@runtime_checkable
 class Evaluated(Protocol):
     """A held-out evaluation's result (train/passk.py)."""
 
@@ -86,7 +103,8 @@ class Report:
         self._closed = False
         self._events = Lines(self.directory / "events.jsonl")
         self._metrics = Lines(self.directory / "metrics.jsonl")
-        for lines in (self._events, self._metrics):
+        self._ledger = Lines(self.directory / "ledger.jsonl")
+        for lines in (self._events, self._metrics, self._ledger):
             if lines.cut is not None:
                 self.event("warning", f"{lines.path.name}: an unfinished last line was taken out", line=lines.cut)
 
@@ -113,6 +131,11 @@ class Report:
         self._feed(step, row)
         if self.progress is not None:
             self.progress.step(row, self._one_sample(step, groups))
+
+    def resolved(self, step: int, rows: Sequence[Resolved]) -> None:
+        """What the step did with the prompts it took (train/ledger.py)."""
+        told = [[r.ticket, r.prompt, r.seed, r.what, r.samples] for r in rows]
+        self._ledger.write({"step": step, "attempt": self.attempt, "rows": told})
 
     def evaluation(self, step: int, result: Evaluated) -> None:
         """A held-out evaluation of the policy after `step` steps."""
@@ -168,7 +191,7 @@ class Report:
         for kind, n in self._unshown.items():
             self.say(f"[{kind}] {n} more, see events.jsonl")
         self._closed = True
-        for lines in (self._metrics, self._events):
+        for lines in (self._metrics, self._ledger, self._events):
             lines.close()
             if lines.held or lines.lost:
                 self.say(f"[warning] {lines.held + lines.lost} rows could not be written: {lines.problem}")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlkd.report.secrets import without
 from rlkd.report.summary import ordered
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -63,7 +64,7 @@ def sample_line(sample: Mapping[str, Any]) -> str:
 
 def one_line(text: str, most: int) -> str:
     """Printable characters only, in quotes; the end is kept when it is too long, for that is where the answer is."""
-    text = " ".join(text.split())
+    text = " ".join(without(text).split())
     text = "".join(c if c.isprintable() else "�" for c in text)
     return f'"{text}"' if len(text) <= most else f'"…{text[-most:]}"'
 

@@ -1,31 +1,42 @@
-"""Between producers and the learner: who may start, what is owed, what is ready.
+"""Between producers and the learner: who may start, what is ready, what was turned away.
 
 A slot is the right to have one group under way. There are (staleness + 1)·P of them, and a trained group's slot is
 given back only after the new weights are in the samplers. The learner takes groups in the order of their admission.
 So a group is at most `staleness` steps old when it is used, and with staleness 0 the run is the synchronous algorithm.
+
+What a step takes does not depend on who was faster: the P oldest tickets that are not turned away, and with them the
+turned-away ones that are older than the youngest of these.
 """
 
 import asyncio
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rlkd.core.ports import Curriculum
 from rlkd.core.types import Group, Prompt
+from rlkd.train.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Done:
+    """A group whose fate is known: to be trained (`credited`, and `why` is None), or turned away."""
+
+    judged: Group
+    credited: Group | None
+    why: str | None = None
 
 
 @dataclass
 class Buffer:
     slots: int
     curriculum: Curriculum
-    owed: dict[int, Prompt] = field(default_factory=dict)  # admitted and not yet spent, by ticket
-    next_ticket: int = 0
-    _ready: dict[int, Group] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+    _done: dict[int, Done] = field(default_factory=dict)
     _again: list[int] = field(default_factory=list)  # owed by an earlier attempt of the run: they go first
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _active: int = 0
 
     def __post_init__(self) -> None:
-        self._again = sorted(self.owed, reverse=True)
+        self._again = sorted(self.ledger.pending, reverse=True)
 
     async def admit(self) -> tuple[int, Prompt]:
         """Wait for a slot; the next prompt and its ticket. Tickets number the prompts in the order of their drawing."""
@@ -34,33 +45,37 @@ class Buffer:
             self._active += 1
             if self._again:
                 ticket = self._again.pop()
-                return ticket, self.owed[ticket]
-            ticket, prompt = self.next_ticket, self.curriculum.draw()
-            self.next_ticket += 1
-            self.owed[ticket] = prompt
-            return ticket, prompt
+                return ticket, self.ledger.pending[ticket]
+            prompt = self.curriculum.draw()
+            return self.ledger.admit(prompt), prompt
 
-    async def put(self, ticket: int, group: Group) -> None:
+    async def put(self, ticket: int, done: Done) -> None:
+        """A group turned away gives its slot to another prompt at once, and stays owed until a step takes it."""
         async with self._changed:
-            self._ready[ticket] = group
+            self._done[ticket] = done
+            self._active -= done.why is not None
             self._changed.notify_all()
 
-    async def take(self, n: int) -> dict[int, Group]:
-        """Wait until the n oldest tickets under way are ready; their groups, oldest first. Their slots stay taken."""
+    async def take(self, n: int) -> dict[int, Done]:
+        """Wait for the n oldest tickets that are not turned away; they and the turned-away ones before the last of
+        them, oldest first. The slots of those to be trained stay taken."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._front(n) is not None)
             front = self._front(n)
             assert front is not None
-            return {ticket: self._ready.pop(ticket) for ticket in front}
+            return {ticket: self._done.pop(ticket) for ticket in front}
 
     def _front(self, n: int) -> list[int] | None:
-        oldest = sorted(self.owed)[:n]
-        return oldest if len(oldest) == n and all(t in self._ready for t in oldest) else None
-
-    def spend(self, tickets: Iterable[int]) -> None:
-        """These prompts are done with: trained, or turned away. A checkpoint from now on does not owe them."""
-        for ticket in tickets:
-            del self.owed[ticket]
+        """The tickets that make the next step, if all of them are done."""
+        front: list[int] = []
+        for ticket in sorted(self.ledger.pending):
+            if ticket not in self._done:
+                return None
+            front.append(ticket)
+            n -= self._done[ticket].why is None
+            if n == 0:
+                return front
+        return None
 
     async def release(self, slots: int) -> None:
         """Give slots back. For trained groups only after the new weights are in the samplers."""

@@ -1,23 +1,34 @@
-"""What a run needs to go on, committed by one rename.
+"""What a run needs to go on, committed by one rename (rlkd/store).
 
     checkpoints/step-000120/
         learner/       the learner's own files (weights, optimizer, random state)
         hf/            the same weights as a Hugging Face folder; probe.json: log-probs to compare a copy with
-        driver.json    step, last knobs and metrics, owed prompts, curriculum
-        COMPLETE       written last, inside the temporary directory; then the directory is renamed
+        driver.json    step, last knobs and metrics, ledger, curriculum
+        MANIFEST.json  every file's size and blake3; digests of the learner's parts, versions, topology
 
-A directory without COMPLETE never has the final name, and is ignored.
+A checkpoint that was loaded is compared, part by part, with the digests of when it was saved (level L1).
 """
 
+import asyncio
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from rlkd.core.errors import CheckpointError
 from rlkd.core.ports import Curriculum, Learner
+from rlkd.core.types import Prompt
+from rlkd.store.store import Found, Store
+from rlkd.train.ledger import Ledger
+
+NEW_DATA = "the data was changed"
+FIRST_SAVE_S = 5.0  # what a save is taken to last before one was measured
 
 
 @dataclass(frozen=True)
@@ -26,70 +37,135 @@ class State:
 
     step: int = 0
     last: Mapping[str, float] = field(default_factory=dict)
-    owed: list[tuple[int, str, int]] = field(default_factory=list)  # ticket, prompt id, seed
-    next_ticket: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 @dataclass
 class Checkpoints:
-    directory: Path
-    every: int = 0  # steps; 0: only after the last one
-    keep: int = 2
+    store: Store
+    every: int | None = 0  # steps; 0: only after the last one; None: by time
+    between_failures_s: float = 4 * 3600.0  # mean time, for `every=None`
+    facts: Mapping[str, Any] = field(default_factory=dict)  # committed with every checkpoint
+    accept: Callable[[Mapping[str, Any]], None] = lambda _: None  # a checkpoint's facts; raises for one of another run
+    new_data: bool = False  # go on with other prompts than those of the checkpoint
+    clock: Callable[[], float] = time.monotonic
+    save_s: float | None = None  # measured, smoothed
+    step: int | None = None  # of the newest checkpoint, loaded or saved
+
+    def __post_init__(self) -> None:
+        self._since = self.clock()
 
     def due(self, step: int, steps: int) -> bool:
-        return step == steps or bool(self.every and step % self.every == 0)
+        if step == steps or self.every == 0:
+            return step == steps
+        if self.every is not None:
+            return step % self.every == 0
+        return self.clock() - self._since >= self.interval_s
 
-    def complete(self) -> list[Path]:
-        """Checkpoints that can be loaded, oldest first."""
-        return sorted(p.parent for p in self.directory.glob("step-*/COMPLETE"))
+    @property
+    def interval_s(self) -> float:
+        """Seconds between saves that lose the least work: √(2 · save · mean time between failures) (Young, 1974)."""
+        return math.sqrt(2 * (self.save_s or FIRST_SAVE_S) * self.between_failures_s)
 
-    async def restore(self, learner: Learner, curriculum: Curriculum) -> State:
-        """Load the newest complete checkpoint into learner and curriculum; the fresh state if there is none."""
-        found = self.complete()
-        if not found:
+    async def restore(
+        self, learner: Learner, curriculum: Curriculum, prompt: Callable[[str, int], Prompt], step: int | None = None
+    ) -> State:
+        """Load the newest whole checkpoint, or that of `step`; the fresh state if there never was one.
+
+        CheckpointError (exit 7) if there were some and none can be used, or if what is loaded is not what was saved.
+        """
+        found = await asyncio.to_thread(self.store.newest if step is None else lambda: self.store.at(step))
+        if found is None:
             return State()
-        path = found[-1] / "driver.json"
-        try:
-            saved = json.loads(path.read_text())
-            state = State(saved["step"], saved["last"], [tuple(o) for o in saved["owed"]], saved["next_ticket"])
+        self.accept(found.manifest.facts)
+        if step is not None:
+            await asyncio.to_thread(self.store.withdraw_after, step)
+        saved = _read(found.path)
+        ledger = Ledger.load(saved["ledger"], _unknown if self.new_data else prompt)
+        state = State(saved["step"], _numbers(saved["last"]), ledger)
+        if not self.new_data:  # else it stays at the beginning of the new data
             curriculum.load_state_dict(saved["curriculum"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise CheckpointError(
-                "RLKD-K001",
-                f"cannot read the checkpoint: {e!r}",
-                where=str(path),
-                fix="move this checkpoint away to use the one before it, or start with another name=…",
-            ) from e
-        await learner.load(str(found[-1] / "learner"))
+        digests = await learner.load(str(found.path / "learner"))
+        own = _digests(_driver(state, curriculum))
+        if self.new_data:
+            del own["driver/curriculum"]
+            ledger.drop_pending(state.step, NEW_DATA)
+            self.new_data = False  # a learner that is lost later goes back to prompts of the new data
+        self._compare(found, {**digests, **own})
+        self.step, self._since = state.step, self.clock()
         return state
 
-    async def save(self, state: State, learner: Learner, curriculum: Curriculum) -> str:
-        """Write a checkpoint of a whole step; its path. An existing one of the same step is left as it is."""
-        final = self.directory / f"step-{state.step:06d}"
-        if final.exists():
-            return str(final)
-        temporary = self.directory / f".tmp-{final.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        driver = {
-            "step": state.step,
-            "last": dict(state.last),
-            "owed": state.owed,
-            "next_ticket": state.next_ticket,
-            "curriculum": curriculum.state_dict(),
-        }
-        await learner.save(str(temporary / "learner"))
-        await learner.export(str(temporary / "hf"))
-        _write(temporary / "driver.json", json.dumps(driver))
-        _write(temporary / "COMPLETE", "")
-        os.rename(temporary, final)
-        for old in self.complete()[: -self.keep]:
-            shutil.rmtree(old)
-        return str(final)
+    def _compare(self, found: Found, loaded: Mapping[str, str]) -> None:
+        """Level L1. A learner of other ranks or another ZeRO stage has other parts: those are not compared."""
+        saved = found.manifest.facts.get("digests", {})
+        if other := sorted(name for name in saved.keys() & loaded.keys() if saved[name] != loaded[name]):
+            raise CheckpointError(
+                "RLKD-K105",
+                f"what was loaded is not what was saved: {', '.join(other)}",
+                where=str(found.path),
+                fix="report this; move this checkpoint away to use the one before it",
+            )
+
+    async def save(
+        self, state: State, learner: Learner, curriculum: Curriculum, score: float | None = None
+    ) -> Path | None:
+        """Write and commit a whole step; its folder, or None if it is saved already. OSError if there is no room, and
+        whatever `learner.save` raises; then nothing has changed."""
+        if state.step == self.step:
+            return None
+        began, driver = (
+            self.clock(),
+            _driver(state, curriculum),
+        )  # before anything waits: prompts are admitted meanwhile
+        draft = await asyncio.to_thread(self.store.draft, state.step)
+        try:
+            digests = {**await learner.save(str(draft / "learner")), **_digests(driver)}
+            await learner.export(str(draft / "hf"))
+            (draft / "driver.json").write_text(json.dumps(driver, allow_nan=False))
+            facts = {**self.facts, "digests": digests, "score": score, "saved": time.time()}
+            path = await asyncio.to_thread(self.store.commit, draft, state.step, facts)
+        except BaseException:
+            self.store.discard(draft)
+            raise
+        self.step, self._since = state.step, self.clock()
+        took = self._since - began
+        self.save_s = took if self.save_s is None else 0.5 * (self.save_s + took)
+        return path
 
 
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
+def _unknown(prompt_id: str, seed: int) -> Prompt:
+    """In the place of a prompt that the new data does not have."""
+    return Prompt(prompt_id, np.zeros(0, np.int32), "", seed=seed)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads((path / "driver.json").read_text())
+        int(saved["step"]), dict(saved["last"]), dict(saved["ledger"]), dict(saved["curriculum"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(
+            "RLKD-K001",
+            f"cannot read the checkpoint: {e!r}",
+            where=str(path / "driver.json"),
+            fix="move this checkpoint away to use the one before it, or start with another name=…",
+        ) from e
+    return dict(saved)
+
+
+def _driver(state: State, curriculum: Curriculum) -> dict[str, Any]:
+    """What driver.json holds. Infinities and NaN are written as texts: strict json does not know them."""
+    last = {name: float(value) if math.isfinite(value) else str(float(value)) for name, value in state.last.items()}
+    ledger = state.ledger.state_dict()
+    return {"step": state.step, "last": last, "ledger": ledger, "curriculum": curriculum.state_dict()}
+
+
+def _digests(driver: Mapping[str, Any]) -> dict[str, str]:
+    """Of its parts."""
+    return {
+        f"driver/{name}": hashlib.blake2b(json.dumps(part, sort_keys=True).encode(), digest_size=16).hexdigest()
+        for name, part in driver.items()
+    }
+
+
+def _numbers(written: Mapping[str, float | str]) -> dict[str, float]:
+    return {name: float(value) for name, value in written.items()}

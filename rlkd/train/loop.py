@@ -4,21 +4,43 @@
     learn        take groups → pack → update → publish weights → evaluate → free slots → log → checkpoint
 
 `learn` consumes the P oldest groups and is woken by `put`; a producer waits for a slot and is woken by `release`.
+
+What a step did becomes true in one place (`_train`): weights, ledger, curriculum and counters move together, under the
+lock `idle`. Whatever ends the run, the last whole step is saved, unless its numbers are in doubt. A learner that dies
+is built again, and everything goes back to the last checkpoint with it.
 """
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from rlkd.core.batch import pack
-from rlkd.core.errors import OK, RESUBMIT, BudgetReached, DataError, InfrastructureError, Stopped, WorkerLost
+from rlkd.core.errors import (
+    OK,
+    RESUBMIT,
+    BudgetReached,
+    CheckpointError,
+    DataError,
+    DivergedError,
+    InfrastructureError,
+    LearnerLost,
+    PreflightError,
+    SaveFailed,
+    Stopped,
+    WorkerLost,
+)
 from rlkd.core.ports import Algorithm, Curriculum, Learner, Services
+from rlkd.core.stop import Stop
 from rlkd.core.types import Group, Origin, Prompt
-from rlkd.train.buffer import Buffer
-from rlkd.train.checkpoint import Checkpoints, State
+from rlkd.train.buffer import Buffer, Done
+from rlkd.train.checkpoint import FIRST_SAVE_S, Checkpoints, State
 from rlkd.train.evaluate import Evaluator
+from rlkd.train.guards import Guards
+from rlkd.train.health import PassRates
+from rlkd.train.ledger import SKIPPED, TRAINED, Row
 from rlkd.train.rollout import scored, verified
 from rlkd.train.stages import Stages
 
@@ -45,17 +67,19 @@ class Reporter(Protocol):
     def step(
         self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], timings: Mapping[str, float]
     ) -> None: ...
+    def resolved(self, step: int, rows: Sequence[Row]) -> None: ...
     def event(self, kind: str, text: str, **fields: Any) -> None: ...
 
 
 @dataclass
 class TurnedAway:
-    """Groups that were not trained since the last step, by reason."""
+    """How many groups were turned away since the last step, by reason: too many in a row end the run."""
 
     bound: int
+    rates: PassRates  # of all groups since then, for advice
     reasons: dict[str, int] = field(default_factory=dict)
 
-    def add(self, reason: str) -> None:
+    def add(self, reason: str, samples: int) -> None:
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
         total = sum(self.reasons.values())
         if total > self.bound:
@@ -64,13 +88,12 @@ class TurnedAway:
                 "RLKD-D020",
                 f"no learning signal: {total} groups in a row were turned away ({shares})",
                 where="schedule.max_turned_away",
-                fix="take easier or harder prompts, or more samples a prompt (algorithm.rollout.samples)",
+                fix=self.rates.advice(samples),
             )
 
-    def clear(self) -> dict[str, float]:
-        counts = {f"turned_away/{why}": float(n) for why, n in self.reasons.items()}
+    def clear(self) -> None:
         self.reasons.clear()
-        return counts
+        self.rates.clear()
 
 
 @dataclass
@@ -87,56 +110,84 @@ class Loop:
     max_tokens: int = 4096  # of one micro-batch
     success: float = 0.5  # a reward above this counts as right, when turned-away groups are sorted by reason
     stages: Stages = field(default_factory=Stages)
-    stop: asyncio.Event = field(default_factory=asyncio.Event)  # set: save and stop as soon as that is safe
+    guards: Guards = field(default_factory=Guards)
+    stop: Stop = field(default_factory=Stop)  # asked: save and stop as soon as that is safe
+    resume: int | None = None  # go on from this step's checkpoint; None: the newest
+    max_restarts: int = 3  # of the learner, without a new checkpoint in between
+    max_failed_saves: int = 2  # in a row
+    margin_s: float = 5.0  # a save must be expected to end so long before a deadline
+    deterministic: bool = False  # a prompt that is asked again keeps its seed
 
     async def run(self) -> int:
         """Run to the last step; the exit code. Raises Stopped when asked to stop; other errors as they come."""
-        state = await self.checkpoints.restore(self.learner, self.curriculum)
-        self.step, self.last = state.step, state.last
-        owed = {t: replace(self.prompts[i], seed=seed) for t, i, seed in state.owed}
-        slots = (self.schedule.staleness + 1) * self.schedule.groups_per_step
-        self.buffer = Buffer(slots, self.curriculum, owed, state.next_ticket)
-        self.turned_away = TurnedAway(self.schedule.max_turned_away * self.schedule.groups_per_step)
-        self.knobs = self.algorithm.knobs(self.step, self.last)
+        fresh = self.curriculum.state_dict()
+        self.restarts = self.failed_saves = 0
+        while True:
+            try:
+                await self._race(self._begin(fresh))
+                await self._race(self.learn(), *(self.produce() for _ in range(self._slots)))
+                return OK
+            except LearnerLost as lost:
+                await self._rebuild(lost)
+
+    async def _begin(self, fresh: Mapping[str, Any]) -> None:
+        """From the newest checkpoint, or from the start: state of the driver, of the learner and of the samplers."""
+        self.curriculum.load_state_dict(dict(fresh))
+        self.step = 0
         self.idle = asyncio.Lock()  # held while the learner's weights and the counters do not fit together
+        with self.stages.stage("restore"):
+            state = await self.checkpoints.restore(self.learner, self.curriculum, self._prompt, self.resume)
+        self.resume = None  # a learner that is lost later goes back to the newest
+        self.step, self.last = state.step, state.last
+        self.buffer = Buffer(self._slots, self.curriculum, state.ledger)
+        most = self.schedule.max_turned_away * self.schedule.groups_per_step
+        self.turned_away = TurnedAway(most, PassRates(self.success))
+        self.knobs = self.algorithm.knobs(self.step, self.last)
         with self.stages.stage("sync"):
             await self.learner.publish(self.step)
-        if self.step == 0:
+        if self.step == 0 and 0 not in self.evaluator.results:
             await self.evaluator.at_start(self.services)
+
+    @property
+    def _slots(self) -> int:
+        return (self.schedule.staleness + 1) * self.schedule.groups_per_step
+
+    def _prompt(self, prompt_id: str, seed: int) -> Prompt:
+        return replace(self.prompts[prompt_id], seed=seed)
+
+    async def _race(self, *work: Coroutine[Any, Any, None]) -> None:
+        """Until the first of these ends, somebody asks to stop, or an error: then the last whole step is saved."""
         tasks = [
-            asyncio.create_task(self.learn(), name="learn"),
+            *(asyncio.create_task(w) for w in work),
             asyncio.create_task(self.stop.wait(), name="stop"),
-            asyncio.create_task(self.stages.watch(self.schedule.stall_s, self._late), name="watchdog"),
-            *(asyncio.create_task(self.produce(), name=f"produce {i}") for i in range(slots)),
+            asyncio.create_task(self._watch(), name="watchdog"),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if errors := [e for task in done if (e := task.exception()) is not None]:  # and an error ends the run
                 error = min(errors, key=lambda e: isinstance(e, BudgetReached))  # whatever else is wrong comes first
-                if isinstance(error, BudgetReached):
-                    await self._save_and_end(tasks)
+                if not isinstance(error, DivergedError | CheckpointError | LearnerLost):
+                    await self._save_before(error, tasks)
                 raise error
-            if self.stop.is_set() and self.step < self.schedule.steps:
-                await self._save_and_end(tasks)
-                what = f"saved step {self.step} of {self.schedule.steps}; the same command continues there"
-                raise Stopped(RESUBMIT, what)
-            return OK
+            if not tasks[0].done():
+                raise Stopped(RESUBMIT, await self._save_in_time(tasks))
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    # --- producers
+
     async def produce(self) -> None:
         while True:
             ticket, prompt = await self.buffer.admit()
-            group = await self._group(ticket, prompt)
-            wanted, credited = self.curriculum.observe(group), self.algorithm.credit(group)
-            if wanted and credited.samples:
-                await self.buffer.put(ticket, credited)
-            else:
-                self.turned_away.add(self._reason(group, wanted))
-                self.buffer.spend([ticket])
-                await self.buffer.release(1)
+            judged = await self._group(ticket, prompt)
+            credited = self.algorithm.credit(judged)
+            why = None if credited.samples else self._reason(judged)
+            self.turned_away.rates.add(judged)
+            if why is not None:
+                self.turned_away.add(why, len(judged.own))
+            await self.buffer.put(ticket, Done(judged, credited if why is None else None, why))
 
     async def _group(self, ticket: int, prompt: Prompt) -> Group:
         """From a prompt to scored samples. A stage that loses a worker is asked again alone: what is written stays."""
@@ -157,7 +208,9 @@ class Loop:
                 fix="see events.jsonl for what happened to the workers",
             )
 
-        drawn = await stage("rollout", lambda attempt: algorithm.rollout(_reseeded(prompt, attempt), ask, self.knobs))
+        drawn = await stage(
+            "rollout", lambda attempt: algorithm.rollout(self._reseeded(prompt, attempt), ask, self.knobs)
+        )
         judged, unjudged = await stage("verify", lambda _: verified(drawn, ask))
         if unjudged:
             self.report.event("unjudged", f"{unjudged} samples could not be judged", prompt=prompt.id, samples=unjudged)
@@ -166,37 +219,58 @@ class Loop:
         self.report.observe(group, seconds.taken())
         return group
 
-    def _reason(self, group: Group, wanted: bool) -> str:
-        if not wanted:
-            return "curriculum"
+    def _reseeded(self, prompt: Prompt, attempt: int) -> Prompt:
+        """What killed its worker may kill the next one with the same seed."""
+        return prompt if self.deterministic else replace(prompt, seed=(prompt.seed + attempt) % 2**63)
+
+    def _reason(self, group: Group) -> str:
         if not group.samples:
             return "no samples"
         right = [s.reward > self.success for s in group.samples]
         return "all right" if all(right) else "all wrong" if not any(right) else "other"
 
+    # --- the learner
+
     async def learn(self) -> None:
         while self.step < self.schedule.steps:
             taken = await self.buffer.take(self.schedule.groups_per_step)
-            groups = list(self.algorithm.credit_step(list(taken.values())))
-            batch = pack(groups, self.learner.ranks, self.max_tokens, self.algorithm.whole_groups)
+            wanted = [d.credited for d in taken.values() if d.credited is not None]
+            groups = list(self.algorithm.credit_step(wanted))
             async with self.idle:
-                with self.stages.stage("learn", f"step {self.step}"):
-                    metrics = await self.learner.update(batch, self.knobs)
-                self.step += 1
-                self.buffer.spend(taken)
-                self.last = {**self.knobs, **metrics, **self.turned_away.clear()}
-                self.knobs = self.algorithm.knobs(
-                    self.step, self.last
-                )  # before a producer begins the next step's groups
+                await self._train(taken, groups)
                 with self.stages.stage("sync", f"version {self.step}"):
                     await self.learner.publish(self.step)
+                    canary = await self.guards.after_sync(self.step)
             with self.stages.stage("evaluate", f"step {self.step}"):
                 await self.evaluator.if_due(self.step, self.schedule.steps, self.services)
-            await self.buffer.release(len(taken))
-            self.report.step(self.step, groups, {**self.last, **self._staleness(groups)}, self.stages.taken())
+            await self.buffer.release(len(wanted))
+            more = {**self._staleness(groups), **canary, **self.guards.metrics()}
+            self.report.step(self.step, groups, {**self.last, **more}, self.stages.taken())
+            for alarm in self.guards.after_step(self.step, groups, self.last):
+                self.report.event(alarm.kind, alarm.text, step=self.step)
+            self.checkpoints.store.news()
             if self.checkpoints.due(self.step, self.schedule.steps):
                 async with self.idle:
                     await self._save()
+
+    async def _train(self, taken: Mapping[int, Done], groups: Sequence[Group]) -> None:
+        """One optimizer step, and everything that becomes true with it. Nothing waits between update and return."""
+        batch = pack(groups, self.learner.ranks, self.max_tokens, self.algorithm.whole_groups)
+        with self.stages.stage("learn", f"step {self.step}"):
+            metrics = await self.learner.update(batch, self.knobs)
+        self.step += 1
+        trained = dict(zip((t for t, d in taken.items() if d.why is None), groups, strict=True))
+        moved, rows = not metrics.get("nonfinite"), []
+        for ticket, done in taken.items():
+            p, samples = done.judged.prompt, len(trained[ticket].samples) if moved and ticket in trained else 0
+            rows.append(Row(ticket, p.id, p.seed, done.why or (TRAINED if moved else SKIPPED), samples))
+            self.curriculum.observe(done.judged)
+        self.buffer.ledger.resolve(self.step, rows)
+        self.report.resolved(self.step, rows)
+        away = Counter(f"turned_away/{done.why}" for done in taken.values() if done.why is not None)
+        self.turned_away.clear()
+        self.last = {**self.knobs, **metrics, **{name: float(n) for name, n in away.items()}}
+        self.knobs = self.algorithm.knobs(self.step, self.last)  # before a producer begins the next step's groups
 
     def _staleness(self, groups: Sequence[Group]) -> dict[str, float]:
         """Of what the policy wrote; NaN for a step of demonstrations."""
@@ -204,23 +278,91 @@ class Loop:
         ages: list[float] = [self.step - 1 - s.versions[0] for s in written] or [math.nan]
         return {"staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages))}
 
+    async def _rebuild(self, lost: LearnerLost) -> None:
+        """New learner ranks, unless that was done too often since the last checkpoint."""
+        if self.stop.is_set():
+            raise Stopped(
+                RESUBMIT, f"the learner was lost while the run was ending ({lost}); {self._stands()}"
+            ) from lost
+        self.restarts += 1
+        text = f"{lost}: back to step {self.checkpoints.step or 0} (restart {self.restarts} of {self.max_restarts})"
+        self.report.event("learner_lost", text, step=self.step, restart=self.restarts)
+        if self.restarts > self.max_restarts:
+            raise InfrastructureError(
+                "RLKD-I004",
+                f"the learner was lost {self.restarts} times without a new checkpoint in between; the last: {lost}",
+                where="learner.max_restarts",
+                fix="the same command continues from the last checkpoint; Ray's logs say why the process ended",
+            ) from lost
+        with self.stages.stage("rebuild"):
+            await asyncio.sleep(self.guards.settles_in_s())
+            try:
+                await self.learner.rebuild()
+            except LearnerLost as again:
+                await self._rebuild(again)
+
+    # --- checkpoints
+
     async def _save(self) -> None:
-        owed = [(ticket, p.id, p.seed) for ticket, p in sorted(self.buffer.owed.items())]
-        state = State(self.step, self.last, owed, self.buffer.next_ticket)
-        with self.stages.stage("save", f"step {self.step}"):
-            path = await self.checkpoints.save(state, self.learner, self.curriculum)
-        self.report.event("checkpoint", f"saved step {self.step}", path=path, step=self.step)
+        """Commit the last whole step. A save that fails is told, and the run goes on; too many in a row end it."""
+        state, result = State(self.step, self.last, self.buffer.ledger), self.evaluator.results.get(self.step)
+        score = result.estimates[0].value if result is not None and result.estimates else None
+        try:
+            with self.stages.stage("save", f"step {self.step}"):
+                path = await self.checkpoints.save(state, self.learner, self.curriculum, score)
+        except (OSError, SaveFailed) as error:
+            self.failed_saves += 1
+            text = f"step {self.step} could not be saved ({error}); {self._stands()}"
+            self.report.event("save_failed", text, step=self.step)
+            if self.failed_saves >= self.max_failed_saves:
+                raise PreflightError(
+                    "RLKD-E170", f"{self.failed_saves} saves in a row failed; the last one: {error}",
+                    where="checkpoint", fix="make room on the disk; the same command continues from the last one",
+                ) from error  # fmt: skip
+            return
+        self.failed_saves = self.restarts = 0
+        if path is not None:
+            self.report.event("checkpoint", f"saved step {self.step}", path=str(path), step=self.step)
+
+    def _stands(self) -> str:
+        saved = self.checkpoints.step
+        return "nothing was saved yet" if saved is None else f"the checkpoint of step {saved} stands"
 
     async def _save_and_end(self, tasks: Sequence["asyncio.Task[Any]"]) -> None:
         """Save from the last whole step, without waiting for rollouts under way; their prompts stay owed."""
         async with self.idle:
             for task in tasks:
                 task.cancel()
-            await self._save()
+            if self.step and self.step != self.checkpoints.step:
+                await self._save()
+
+    async def _save_before(self, error: BaseException, tasks: Sequence["asyncio.Task[Any]"]) -> None:
+        """The run ends with this error; what it learned until then shall not be lost, if that can be."""
+        try:
+            await asyncio.wait_for(self._save_and_end(tasks), self._save_takes() * 10 + self.schedule.stall_s)
+        except Exception as second:
+            text = f"step {self.step} could not be saved before the run ended: {second!r}; {self._stands()}"
+            self.report.event("save_failed", text, step=self.step)
+
+    async def _save_in_time(self, tasks: Sequence["asyncio.Task[Any]"]) -> str:
+        """Asked to stop: save, if that can be done before the deadline; what to tell the user."""
+        request, left = self.stop.request, self.stop.left_s()
+        reason = f"{request.text}: " if request is not None else ""
+        try:
+            await asyncio.wait_for(self._save_and_end(tasks), None if left is None else left - self._save_takes())
+        except (TimeoutError, SaveFailed, PreflightError) as error:
+            why = f"no time to save within {left:.0f} s" if isinstance(error, TimeoutError) else str(error)
+            return f"{reason}{why}; {self._stands()}; the same command continues there"
+        if not self.step:
+            return f"{reason}nothing was trained yet; the same command starts again"
+        saved = self.checkpoints.step
+        return f"{reason}saved step {saved} of {self.schedule.steps}; the same command continues there"
+
+    def _save_takes(self) -> float:
+        return (self.checkpoints.save_s or FIRST_SAVE_S) + self.margin_s
+
+    async def _watch(self) -> None:
+        await self.stages.watch(self.schedule.stall_s, self._late, self.guards.stalled, self.guards.counters)
 
     def _late(self, text: str) -> None:
         self.report.event("waiting", text)
-
-
-def _reseeded(prompt: Prompt, attempt: int) -> Prompt:
-    return replace(prompt, seed=(prompt.seed + attempt) % 2**63)

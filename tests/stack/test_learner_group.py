@@ -96,7 +96,7 @@ def test_a_rank_that_dies_is_lost_and_one_that_diverges_says_why(folder: Path, t
 
     async def dies() -> None:
         await first.start()
-        pid = await first._one(1, "pid", 30.0)
+        pid = (await first._one(1, "place", 30.0))["pid"]
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(LearnerLost, match=r"learner-1\.update"):
             await first.update(batches(2)[0], {})

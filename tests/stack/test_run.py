@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,29 +77,115 @@ def test_train_export_eval(tmp_path: Path, tiny: Path) -> None:
     assert 0 <= json.loads(judged.stdout)["eval/pass@1"] <= 1
 
 
-def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path, tiny: Path) -> None:
-    path = recipe(tmp_path, tiny, schedule={"steps": 200, "groups_per_step": 4}, sampler={
-        "max_tokens": 40, "engine": "hf"}, evaluate={"at_start": False, "at_end": False},
-        curriculum={"name": "difficulty", "low": 0.0, "high": 1.0})  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "rlkd", "train", str(path)], cwd=tmp_path,
-                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
-    metrics = tmp_path / "runs" / "t" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+def begun(path: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlkd", "train", str(path)],
+        cwd=path.parent,
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until(process: subprocess.Popen[str], happened: Callable[[], bool], seconds: float = 200) -> None:
+    """Wait for something that a running program does."""
+    deadline = time.monotonic() + seconds
+    while not happened():
         assert process.poll() is None, process.stderr.read()[-3000:] if process.stderr else ""
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(0.1)
+
+
+def has_steps(folder: Path, n: int) -> Callable[[], bool]:
+    metrics = folder / "runs" / "t" / "metrics.jsonl"
+    return lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= n
+
+
+def exit_of(folder: Path, attempt: int) -> dict[str, Any]:
+    path = folder / "runs" / "t" / "attempts" / f"{attempt:04d}" / "exit.json"
+    return dict(json.loads(path.read_text()))
+
+
+LONG: dict[str, Any] = {
+    "schedule": {"steps": 500, "groups_per_step": 4},
+    "sampler": {"max_tokens": 16, "engine": "hf"},
+    "evaluate": {"at_start": False, "at_end": False},
+    "curriculum": {"name": "difficulty", "low": 0.0, "high": 1.0},
+}
+
+
+@pytest.mark.faults("F11", "F26", "F27", "F60", "F69")
+def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path, tiny: Path) -> None:
+    """And what is not the same run, or is not alone, is refused."""
+    path = recipe(tmp_path, tiny, **LONG)
+    process = begun(path)
+    until(process, has_steps(tmp_path, 3))
+    second = rlkd("train", str(path), cwd=tmp_path)
+    assert second.returncode == 3, second.stderr[-3000:]
+    assert f"another process works in this folder: pid {process.pid} on this machine" in second.stderr
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # as Kubernetes and Ray may
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said[-3000:]
-    saved = sorted((tmp_path / "runs" / "t" / "checkpoints").glob("step-*/COMPLETE"))
+    saved = sorted((tmp_path / "runs" / "t" / "checkpoints").glob("step-*/MANIFEST.json"))
     step = int(saved[-1].parent.name.removeprefix("step-"))
     assert step >= 3
+    assert "press Ctrl-C to stop without saving" in said
+    assert f"SIGTERM: saved step {step} of 500" in said
+    assert f"Give the same command again:\n  rlkd train {path}\n" in said
+    end = exit_of(tmp_path, 1)
+    assert (end["code"], end["class"], end["step"], end["saved"]) == (75, "preempt", step, step)
+
+    before = (tmp_path / "runs" / "t" / "config.yaml").read_text()
+    other = rlkd("train", str(path), "algorithm.name=dapo", cwd=tmp_path)
+    assert other.returncode == 7, other.stderr[-3000:]
+    assert "algorithm.name   grpo → dapo" in other.stderr
+    assert (tmp_path / "runs" / "t" / "config.yaml").read_text() == before
+    assert rlkd("train", str(path), "--resume", "never", cwd=tmp_path).returncode == 3
+
     again = rlkd("train", str(path), f"schedule.steps={step + 2}", cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
+    assert f"changed: schedule.steps 500 → {step + 2}" in again.stderr
     last = {r["step"]: r["attempt"] for r in rows(tmp_path)}
     assert last[step] == 1
-    assert last[step + 1] == last[step + 2] == 2
+    assert last[step + 1] == last[step + 2] == 4
+    assert exit_of(tmp_path, 4)["class"] == "done"
+
+
+@pytest.mark.faults("F11", "F60")
+def test_a_signal_while_the_run_starts_ends_it_at_once(tmp_path: Path, tiny: Path) -> None:
+    path = recipe(tmp_path, tiny, **LONG)
+    process = begun(path)
+    events = tmp_path / "runs" / "t" / "events.jsonl"
+    until(process, lambda: events.exists() and "starting" in events.read_text())
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said[-3000:]
+    assert "SIGTERM: nothing to save; the same command starts again" in said
+    assert "Traceback" not in said
+    end = exit_of(tmp_path, 1)
+    assert (end["code"], end["class"], end["step"], end["saved"]) == (75, "preempt", None, None)
+
+
+@pytest.mark.faults("F60")
+def test_ctrl_c_twice_stops_without_saving(tmp_path: Path, tiny: Path) -> None:
+    """While a save hangs: it leaves nothing that is taken for a checkpoint."""
+    path = recipe(tmp_path, tiny, **LONG)
+    process = begun(path, RLKD_FAULT="commit.before_rename=hang")
+    until(process, has_steps(tmp_path, 3))
+    process.send_signal(signal.SIGINT)
+    checkpoints = tmp_path / "runs" / "t" / "checkpoints"
+    until(process, lambda: any(checkpoints.glob(".tmp-*/MANIFEST.json")), 60)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said[-3000:]
+    assert "Ctrl-C: saving step" in said
+    assert "stopped without saving: the last checkpoint stands (exit 130)" in said
+    end = exit_of(tmp_path, 1)
+    assert (end["class"], end["code"], end["saved"]) == ("user", 130, None)
+    assert end["step"] >= 3
+    assert not list(checkpoints.glob("step-*"))
 
 
 REWARDS = {

@@ -25,6 +25,7 @@ from rlkd.core.types import Finish, Group, Prompt, Signal
 from rlkd.data import HFTokenizer
 from rlkd.models.get import get
 from rlkd.rollout import Sampled
+from rlkd.store.store import Store
 from rlkd.train.checkpoint import Checkpoints
 from rlkd.train.evaluate import Evaluator
 from rlkd.train.loop import Loop, Schedule
@@ -189,7 +190,7 @@ def trained(tmp: Path, tiny: Path, kill: bool) -> tuple[dict[str, Group], list[s
             {},
             Services(policy, FakeVerify(), {"big": teacher}),
             FakeLearner(policy),
-            Checkpoints(tmp / "checkpoints"),
+            Checkpoints(Store(tmp / "checkpoints")),
             Evaluator([], Sampling(8)),
             report,
         )
@@ -340,7 +341,7 @@ def test_a_run_with_an_endpoint_that_misbehaves(tmp_path: Path, tiny: Path) -> N
         assert len(server.seen) > asked
         account = json.loads((run / "teachers" / "big.json").read_text())
         assert account["tokens_in"] + account["tokens_out"] <= spent + 400
-        assert max(int(p.parent.name[5:]) for p in run.glob("checkpoints/step-*/COMPLETE")) >= 2
+        assert max(int(p.parent.name[5:]) for p in run.glob("checkpoints/step-*/MANIFEST.json")) >= 2
         everything = [done.stdout, done.stderr, ended.stdout, ended.stderr]
         everything += [p.read_bytes().decode("utf-8", "replace") for p in run.rglob("*") if p.is_file()]
         assert not [text for text in everything if KEY in text]

@@ -1,0 +1,83 @@
+"""The parts of a training job that know the recipe: where it saves, and what looks after it."""
+
+import asyncio
+import functools
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rlkd.config.schema import Config
+from rlkd.fleet import Fleet
+from rlkd.store.remote import Remote
+from rlkd.store.retention import Keep
+from rlkd.store.store import Store
+from rlkd.train.canary import Canary
+from rlkd.train.checkpoint import Checkpoints
+from rlkd.train.guards import Guards
+from rlkd.train.health import Alarms, Limits, bounds
+
+PACKAGES = ("rlkd", "torch", "transformers", "deepspeed", "ray", "numpy")
+
+
+def checkpoints(config: Config, directory: Path, tell: Callable[..., None]) -> Checkpoints:
+    """Of the run in `directory`, as the recipe wants them."""
+    c = config.checkpoint
+    remote = Remote(f"{c.remote.rstrip('/')}/{config.name}") if c.remote is not None else None
+    keep = Keep(c.keep, c.keep_every, c.keep_best)
+    store = Store(directory / "checkpoints", keep, _from_any_thread(tell), remote)
+    facts = {"run": config.name, "versions": {name: version(name) for name in PACKAGES}, "topology": topology(config)}
+    return Checkpoints(store, c.every, c.between_failures_s, facts)
+
+
+def _from_any_thread(tell: Callable[..., None]) -> Callable[..., None]:
+    """The store is used from threads, and a report from the event loop's alone."""
+    loop, own = asyncio.get_running_loop(), threading.get_ident()
+
+    def told(*said: Any, **fields: Any) -> None:
+        if threading.get_ident() == own:
+            tell(*said, **fields)
+        else:
+            loop.call_soon_threadsafe(functools.partial(tell, *said, **fields))
+
+    return told
+
+
+def topology(config: Config) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same bit by bit."""
+    sampler, learner = config.sampler, config.learner
+    return {
+        "engine": sampler.engine,
+        "samplers": sampler.workers,
+        "tensor_parallel": sampler.tensor_parallel,
+        "ranks": learner.ranks,
+        "zero_stage": learner.zero_stage,
+        "max_tokens": learner.max_tokens,
+    }
+
+
+def guards(config: Config, fleet: Fleet, tell: Callable[..., None]) -> Guards:
+    """What looks after the run of this fleet."""
+    h, roster = config.health, fleet.roster
+    low = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and fleet.on_gpu)
+    limits = bounds("bfloat16" if low else "float32", h.mismatch_warn, h.mismatch_stop, h.canary)
+    alarms = Alarms(limits, Limits(h.length_growth, h.entropy_share, h.repetition, h.truncated))
+    learner, policy = fleet.learner, fleet.policy
+    canary = Canary(h.canary_every, limits, learner.probe, policy.canary, learner.publish, tell)
+    found = Guards(alarms, canary, metrics=fleet.verify.metrics)
+    if roster is not None:
+        found.stalled, found.counters = roster.stalled, roster.counters
+    return found
+
+
+@asynccontextmanager
+async def closing(saves: Checkpoints, config: Config) -> AsyncIterator[None]:
+    """What dead attempts left half-written goes first; at the end, copies under way get their time."""
+    if left := await asyncio.to_thread(saves.store.clean):
+        saves.store.tell("store", f"removed what an earlier attempt left unfinished: {', '.join(left)}")
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(saves.store.close, config.checkpoint.upload_wait_s)
