@@ -18,13 +18,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from rlkd.core.errors import INTERNAL, OK, RESUBMIT, ConfigError, PreflightError, nearest
+from rlkd.core.errors import INTERNAL, OK, RESUBMIT, ConfigError, InfrastructureError, PreflightError, nearest
 from rlkd.report.files import read_lines
 from rlkd.report.history import latest
 from rlkd.store.manifest import MANIFEST
@@ -62,7 +63,7 @@ class Chaos:
     seconds: float = 0.0
 
     def run(self, log: Path, limit_s: float) -> None:
-        """RuntimeError if the run ends in a way that it must not, or takes longer than `limit_s`."""
+        """InfrastructureError if the run ends in a way that it must not, or takes longer than `limit_s`."""
         self._random, began = random.Random(self.seed), time.monotonic()
         while True:
             before = steps(self.directory)
@@ -70,7 +71,7 @@ class Chaos:
             if code == OK:
                 break
             if code not in (RESUBMIT, -signal.SIGKILL):
-                raise RuntimeError(f"the run ended with exit code {code} after {self._last()}: see {log}")
+                raise self._wrong(f"the run ended with exit code {code}", log)
             self.idle_attempts = self.idle_attempts + 1 if steps(self.directory) <= before else 0
         self.seconds = time.monotonic() - began
 
@@ -83,7 +84,7 @@ class Chaos:
             while driver.poll() is None:
                 now = time.monotonic()
                 if now > until:
-                    raise RuntimeError(f"the run did not end in time; the last fault was {self._last()}: see {log}")
+                    raise self._wrong("the run did not end in time", log)
                 if len(self.done) < self.kills and now - began > again and self._strike(driver, now - began):
                     began_again = time.monotonic() - began
                     again = began_again + self._next_gap()
@@ -119,8 +120,9 @@ class Chaos:
             flip_a_byte(self.directory, self._random)
         return True
 
-    def _last(self) -> str:
-        return str(self.done[-1]) if self.done else "no fault"
+    def _wrong(self, what: str, log: Path) -> InfrastructureError:
+        last = str(self.done[-1]) if self.done else "no fault"
+        return InfrastructureError("RLKD-I171", f"{what} after {last}", where=str(log))
 
 
 def chaos(
@@ -160,7 +162,7 @@ def compared(quiet: Chaos, disturbed: Chaos) -> dict[str, Any]:
     lines = [
         f"done to the run: {told}; it was started {disturbed.attempts} times",
         f"steps {max(ledgers[1], default=0)}, prompts resolved {len(tickets)}, resolved twice {len(twice)}",
-        f"same ledger as the quiet run, step by step: {'yes' if same else f'NO, first at step {different[0]}'}",
+        f"same ledger as the quiet run, step by step: {'yes' if same else f'NO: steps {different[:5]}'}",
         f"same final weights: {'yes' if weights[0] == weights[1] else 'no'} ({weights[0][:12]} and {weights[1][:12]})",
         f"seconds: {quiet.seconds:.0f} in peace, {disturbed.seconds:.0f} disturbed",
     ]
@@ -243,13 +245,14 @@ def flip_a_byte(run: Path, chance: random.Random) -> None:
 def end(driver: "subprocess.Popen[bytes]") -> None:
     """Of a driver that is still there: itself and all that it started."""
     if driver.poll() is None:
-        for process in psutil.Process(driver.pid).children(recursive=True):
-            process.kill()
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(driver.pid).children(recursive=True):
+                process.kill()
         driver.kill()
     driver.wait()
 
 
 def rlkd_train(recipe: str, overrides: Sequence[str], directory: Path) -> Callable[[str], list[str]]:
     """The command of a run of that name in `directory`."""
-    program = [sys.executable, "-m", "rlkd", "train", recipe, *overrides]
+    program = [sys.executable, "-m", "rlkd", "train", recipe, *overrides, "checkpoint.remote=null", "report.wandb=off"]
     return lambda name: [*program, f"name={name}", f"report.directory={directory}"]

@@ -12,6 +12,8 @@ import numpy as np
 
 from rlkd.core.errors import CheckpointError, PreflightError
 from rlkd.models.folder import new_folder
+from rlkd.store.manifest import MANIFEST
+from rlkd.store.names import step_of
 from rlkd.store.store import Store
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}  # largest difference of a log-prob; bfloat16 keeps 8 bits
@@ -19,8 +21,8 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}  # largest difference of a log-p
 
 def checkpoints(run_directory: Path) -> dict[int, Path]:
     """The run's complete checkpoints by step."""
-    found = run_directory.glob("checkpoints/step-*/MANIFEST.json")
-    return {int(p.parent.name.removeprefix("step-")): p.parent for p in found}
+    found = run_directory.glob(f"checkpoints/step-*/{MANIFEST}")
+    return {step: p.parent for p in found if (step := step_of(p.parent.name)) is not None}
 
 
 def newest(run_directory: Path, step: int | None = None) -> Path:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rlkd.config.schema import Config
+from rlkd.core.errors import PreflightError
+from rlkd.core.stop import Stop
 from rlkd.fleet import Fleet
+from rlkd.report.files import read_lines
 from rlkd.store.remote import Remote
 from rlkd.store.retention import Keep
 from rlkd.store.store import Store
@@ -30,6 +33,27 @@ def checkpoints(config: Config, directory: Path, tell: Callable[..., None]) -> C
     store = Store(directory / "checkpoints", keep, _from_any_thread(tell), remote)
     facts = {"run": config.name, "versions": {name: version(name) for name in PACKAGES}, "topology": topology(config)}
     return Checkpoints(store, c.every, c.between_failures_s, facts)
+
+
+def saved_before(directory: Path) -> int | None:
+    """The newest step that earlier attempts of the run say they saved."""
+    try:
+        events = read_lines(directory / "events.jsonl")
+    except ValueError:
+        return None
+    return max((e["step"] for e in events if e.get("kind") == "checkpoint" and "step" in e), default=None)
+
+
+def refuse_remote(config: Config) -> None:
+    """`--resume never`: PreflightError if the remote store has checkpoints of a run of this name."""
+    remote = config.checkpoint.remote
+    if remote is not None and (steps := Remote(f"{remote.rstrip('/')}/{config.name}").steps()):
+        raise PreflightError(
+            "RLKD-E162",
+            f"--resume never, but the remote store has checkpoints of this run (newest: step {max(steps)})",
+            where=f"{remote}/{config.name}",
+            fix="give another name=…, or --resume auto to go on with it",
+        )
 
 
 def _from_any_thread(tell: Callable[..., None]) -> Callable[..., None]:
@@ -73,11 +97,13 @@ def guards(config: Config, fleet: Fleet, tell: Callable[..., None]) -> Guards:
 
 
 @asynccontextmanager
-async def closing(saves: Checkpoints, config: Config) -> AsyncIterator[None]:
-    """What dead attempts left half-written goes first; at the end, copies under way get their time."""
+async def closing(saves: Checkpoints, config: Config, stop: Stop) -> AsyncIterator[None]:
+    """What dead attempts left half-written goes first; at the end, copies under way get their time, if there is any."""
     if left := await asyncio.to_thread(saves.store.clean):
         saves.store.tell("store", f"removed what an earlier attempt left unfinished: {', '.join(left)}")
     try:
         yield
     finally:
-        await asyncio.to_thread(saves.store.close, config.checkpoint.upload_wait_s)
+        most, soon = config.checkpoint.upload_wait_s, stop.left_s()
+        wait_s = most if soon is None else min(most, soon / 2)
+        await asyncio.to_thread(saves.store.close, wait_s)

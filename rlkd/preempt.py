@@ -12,7 +12,7 @@ one that is over when it is first seen is from a clock that differs from ours, a
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from rlkd.config.schema import PreemptConfig
@@ -127,10 +127,17 @@ async def watching(watcher: Watcher) -> AsyncIterator[None]:
     task.add_done_callback(lambda done: _stop_if_failed(done, watcher))
     try:
         yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+    except BaseException:
+        await _ended(task)  # its own error has been told, and must not hide how the run ended
+        raise
+    if (error := await _ended(task)) is not None:
+        raise error
+
+
+async def _ended(task: "asyncio.Task[None]") -> BaseException | None:
+    task.cancel()
+    (error,) = await asyncio.gather(task, return_exceptions=True)
+    return None if isinstance(error, asyncio.CancelledError) else error
 
 
 def _stop_if_failed(task: "asyncio.Task[None]", watcher: Watcher) -> None:

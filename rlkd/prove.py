@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from rlkd import chaos
-from rlkd.core.errors import CheckpointError, PreflightError
+from rlkd.core.errors import CheckpointError, InfrastructureError, PreflightError
 from rlkd.export import checkpoints
 from rlkd.report.files import read_lines
 from rlkd.report.history import latest
 
+TWIN_S = 3600.0
 LEARNED = ("loss", "grad_norm")  # what must be the same at L3
 SAMPLED = ("batch/reward", "batch/tokens", "entropy")
 
@@ -57,9 +58,14 @@ def _twin(run: Path, folder: Path, name: str, newest: int, steps: int, tell: Cal
         shutil.copy(run / file, copy)
     tell(f"{name}: {steps} steps from the checkpoint of step {newest} …")
     here = [f"name={name}", f"report.directory={folder}", f"schedule.steps={newest + steps}"]
-    quiet = ["evaluate.at_end=false", "evaluate.every=0", "report.wandb=off"]
+    quiet = ["evaluate.at_end=false", "evaluate.every=0", "report.wandb=off", "checkpoint.remote=null"]
     line = [sys.executable, "-m", "rlkd", "train", str(config_of(run)), *here, *quiet]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=TWIN_S)
+    except subprocess.TimeoutExpired as late:
+        raise InfrastructureError(
+            "RLKD-I172", f"{name}: {steps} steps were not done within {TWIN_S:g} s", where=str(run)
+        ) from late
     if done.returncode != 0:
         said = "\n".join(done.stderr.strip().splitlines()[-12:])
         raise CheckpointError(

@@ -23,7 +23,7 @@ from rlkd.curriculum import Band, Difficulty, Uniform
 from rlkd.ending import announced, saving, started, translated
 from rlkd.fleet import Fleet
 from rlkd.inputs import Inputs
-from rlkd.job import checkpoints, closing, guards
+from rlkd.job import checkpoints, closing, guards, refuse_remote, saved_before
 from rlkd.preempt import Watcher, watching
 from rlkd.report import secrets
 from rlkd.report.files import plain
@@ -31,6 +31,7 @@ from rlkd.report.progress import Progress
 from rlkd.report.report import Report
 from rlkd.report.sinks import Isolated, TensorBoard, Wandb
 from rlkd.signals import Signals, grace_of_platform
+from rlkd.train.checkpoint import Checkpoints
 from rlkd.train.evaluate import Evaluator
 from rlkd.train.loop import Loop
 from rlkd.workers import drain
@@ -73,8 +74,7 @@ class _Start:
     step: int | None
     fingerprint: Mapping[str, Any]
     told: Sequence[str]
-    new_data: bool
-    accept: Callable[[Mapping[str, Any]], None]  # a checkpoint's facts: raises for one of another run
+    accept: Callable[[Mapping[str, Any]], bool]  # see Checkpoints.accept
 
 
 def _prepared(
@@ -83,23 +83,27 @@ def _prepared(
     """Everything that is read before something is started; and whether this run may go on in this folder."""
     directory, number = attempt.directory, attempt.number
     step = attempts.starting_point(directory, resume, number)
+    if resume == "never":
+        refuse_remote(config)
     say(f"run {config.name} → {directory}   (Ctrl-C saves and stops; the same command continues)")
     read = inputs.read(config)
     for warning in read.data.warnings:
         say(f"[data] {warning}")
     now, was = fingerprint.of(config, read), attempts.read_record(directory).get("fingerprint", {})
     found = fingerprint.compare(was, now)
-    if resumed := bool(exported.checkpoints(directory)):
+    if exported.checkpoints(directory):
         fingerprint.refuse(found, directory, accept_new_data)
     attempts.describe(directory, config, recipe, now)
     told = list(found.told)
     if step is not None and (later := attempts.set_aside(directory, step, number)):
         told.append(f"back to step {step}: the checkpoints of steps {', '.join(map(str, later))} were renamed .old-…")
 
-    def accept(facts: Mapping[str, Any]) -> None:
-        fingerprint.refuse(fingerprint.compare(facts.get("fingerprint", {}), now), directory, accept_new_data)
+    def accept(facts: Mapping[str, Any]) -> bool:
+        found = fingerprint.compare(facts.get("fingerprint", {}), now)
+        fingerprint.refuse(found, directory, accept_new_data)
+        return found.new_data
 
-    return read, _Start(step, now, told, resumed and found.new_data, accept)
+    return read, _Start(step, now, told, accept)
 
 
 def _report(config: Config, read: Inputs, directory: Path, attempt: int, progress: Progress) -> Report:
@@ -118,11 +122,12 @@ async def _train(
     for text in start.told:
         report.event("resume", text)
     stop, saves = attempt.stop, checkpoints(config, attempt.directory, report.event)
-    saves.new_data, saves.accept = start.new_data, start.accept
+    saves.accept, saves.promised = start.accept, saved_before(attempt.directory)
     saves.facts = {**saves.facts, "fingerprint": {k: v for k, v in start.fingerprint.items() if k != "settings"}}
-    watcher = Watcher(config.preempt, stop, drain.draining, report.event, save_s=lambda: saves.save_s)
+    held: list[Loop] = []
+    watcher = Watcher(config.preempt, stop, drain.draining, report.event, save_s=lambda: needed(saves, held))
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(closing(saves, config))
+        await stack.enter_async_context(closing(saves, config, stop))
         starting = Fleet.start(
             config, read, attempt.directory, report.event, attempt=attempt.folder, was_draining=watcher.was_draining
         )
@@ -148,6 +153,7 @@ async def _train(
             max_failed_saves=config.checkpoint.max_failed_saves,
             deterministic=config.deterministic,
         )
+        held.append(loop)
         loop.guards.settles_in_s = watcher.settles_in_s
         attempt.step = lambda: getattr(loop, "step", None)
         if fleet.roster is not None:
@@ -155,6 +161,11 @@ async def _train(
         await stack.enter_async_context(announced(stop, lambda: saving(attempt.step(), saves.save_s), report.event))
         await stack.enter_async_context(watching(watcher))
         return await loop.run()
+
+
+def needed(saves: Checkpoints, loops: Sequence[Loop]) -> float | None:
+    """Seconds from asking for a save to its end: it may have to wait for an optimizer step. None before the first."""
+    return None if saves.save_s is None else saves.save_s + max((loop.held_s for loop in loops), default=0.0)
 
 
 def curriculum(config: Config, prompts: Sequence[Prompt], fingerprint: str) -> Uniform:

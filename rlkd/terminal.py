@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rlkd.core.errors import INTERNAL, INTERRUPTED, OK, PREFLIGHT, USAGE, RlkdError, Stopped
+from rlkd.core.errors import INTERNAL, INTERRUPTED, OK, PREFLIGHT, USAGE, PreflightError, RlkdError, Stopped
 from rlkd.report import secrets
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
@@ -46,7 +46,11 @@ def guarded(command: Callable[..., int]) -> Callable[..., None]:
         except KeyboardInterrupt:
             print(f"interrupted: the last checkpoint stands (exit {INTERRUPTED})", file=sys.stderr)
             code = INTERRUPTED
-        except Exception:
+        except Exception as e:
+            if isinstance(e, OSError) and e.filename is not None:  # a disk, a right: not ours to mend
+                what = f"{e.strerror or type(e).__name__}: {e.filename}"
+                show_error(PreflightError("RLKD-E172", what, fix="see the folder's rights, and that its disk has room"))
+                raise typer.Exit(PREFLIGHT) from e
             print(secrets.without(traceback.format_exc()), end="", file=sys.stderr)
             print(f"This is a bug in rlkd: please report it with the lines above (exit {INTERNAL}).", file=sys.stderr)
             code = INTERNAL

@@ -88,6 +88,7 @@ def test_a_run_that_is_done(run: Path, config: Config) -> None:
     assert holder(run) is None
 
 
+@pytest.mark.faults("F15")
 @pytest.mark.parametrize(
     ("error", "kind", "code", "class_", "says"),
     [

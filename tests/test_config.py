@@ -187,6 +187,7 @@ def test_every_algorithm_of_the_table(name: str) -> None:
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.faults("F61")
 def test_the_message_is_as_promised(write: Write) -> None:
     """reliability_ux.md D2."""
     text = RECIPE.replace("    samples: 4\n", "    samples: 4\n  clip_hig: 0.3\n").replace(
@@ -204,6 +205,7 @@ def test_the_message_is_as_promised(write: Write) -> None:
     )
 
 
+@pytest.mark.faults("F62")
 def test_every_problem_is_reported_at_once_in_order(write: Write) -> None:
     write("learner: {lr: fast}\n", "base.yaml")
     text = "defaults: [base]\n" + RECIPE.replace("  lr: 1e-6\n", "  rnks: 2\n").replace(
@@ -426,6 +428,7 @@ def test_resolved_is_a_recipe_of_the_same_config(write: Write) -> None:
 # -- contradictions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.faults("F62")
 @pytest.mark.parametrize(
     ("overrides", "key", "said"),
     [
@@ -544,6 +547,7 @@ def test_an_algorithm_that_compares_samples_needs_its_group_in_one_micro_batch(w
     assert "a group of 4 samples has up to 1074 tokens: prompt 50 + answer 256 × 4" in found.what
 
 
+@pytest.mark.faults("F62")
 def test_every_number_has_a_range() -> None:
     """A new setting without a range is found here; numbers of algorithms and rewards are checked by themselves."""
 
@@ -601,6 +605,7 @@ def edited(draw: st.DrawFn, word: str) -> str:
     return word[:at] + ("" if kind == "delete" else draw(LETTERS)) + word[at + 1 :]
 
 
+@pytest.mark.faults("F61")
 @settings(max_examples=FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_one_wrong_letter_in_any_key_is_caught_and_understood(

@@ -130,6 +130,7 @@ BAD = [
 ]
 
 
+@pytest.mark.faults("F43")
 @pytest.mark.parametrize(("text", "message"), BAD, ids=[m for _, m in BAD])
 def test_a_bad_row_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     source = lines(tmp_path / "a.jsonl", [row(0), text])
@@ -150,6 +151,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
         load(Source(path=str(path)), TOKENIZER, PLAIN)
 
 
+@pytest.mark.faults("F43")
 def test_all_bad_rows_at_once_but_no_more_than_twenty(tmp_path: Path) -> None:
     source = lines(tmp_path / "a.jsonl", ["{"] * 30 + [row(0)] + ["[]"] * 2)
     with pytest.raises(DataError) as caught:
@@ -159,6 +161,7 @@ def test_all_bad_rows_at_once_but_no_more_than_twenty(tmp_path: Path) -> None:
     assert [p.where for p in rest] == [f"{tmp_path / 'a.jsonl'}:{i}" for i in range(1, 21)]
 
 
+@pytest.mark.faults("F43")
 def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path) -> None:
     source = lines(tmp_path / "a.jsonl", ["{"] * 30 + [row(0), {"prompt": "x"}])
     dataset = load(source, TOKENIZER, Rules(1000, chat=False, bad_rows="drop"))
@@ -197,6 +200,7 @@ def test_a_wrong_column_name_suggests_the_right_one(tmp_path: Path) -> None:
 # Ids, repeats, lengths
 
 
+@pytest.mark.faults("F47")
 @pytest.mark.parametrize("bad_rows", ["fail", "drop"])
 def test_duplicate_ids_name_both_lines(tmp_path: Path, bad_rows: Any) -> None:
     source = lines(tmp_path / "a.jsonl", [row(0, id="x"), row(1), row(2, id="x"), row(3, id="a.jsonl:2")])
@@ -217,6 +221,7 @@ def test_bad_rows_and_duplicate_ids_are_told_together(tmp_path: Path) -> None:
     assert {p.code for p in caught.value.problems} == {"RLKD-D110", "RLKD-D111", "RLKD-D116", "RLKD-D117"}
 
 
+@pytest.mark.faults("F47")
 def test_duplicate_prompts_are_a_warning(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     dataset = load(lines(file, [row(0), row(1), row(0), row(0)]), TOKENIZER, PLAIN)
@@ -224,6 +229,7 @@ def test_duplicate_prompts_are_a_warning(tmp_path: Path) -> None:
     assert dataset.warnings == (f"data.train: 2 of 4 prompts repeat an earlier one, as {file}:3 repeats {file}:1",)
 
 
+@pytest.mark.faults("F45")
 def test_prompts_that_are_too_long_are_left_out_whole_and_shown(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     dataset = load(lines(file, [row(0), row(1) | {"prompt": "y" * 50}]), TOKENIZER, Rules(11, chat=False))
@@ -232,6 +238,7 @@ def test_prompts_that_are_too_long_are_left_out_whole_and_shown(tmp_path: Path) 
     assert dataset.warnings == (f"data.train: 1 prompt over 11 tokens left out, as {file}:2 of 51",)
 
 
+@pytest.mark.faults("F45")
 def test_prompts_that_are_too_long_can_be_an_error(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     source = lines(file, [row(0), row(1) | {"prompt": "y" * 50}])
@@ -240,6 +247,7 @@ def test_prompts_that_are_too_long_can_be_an_error(tmp_path: Path) -> None:
     assert [(p.what, p.where) for p in caught.value.problems[1:]] == [("51 tokens", f"{file}:2")]
 
 
+@pytest.mark.faults("F44")
 def test_nothing_fits(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load(lines(tmp_path / "a.jsonl", [row(i) for i in range(2000)]), TOKENIZER, Rules(10, chat=False))
@@ -248,6 +256,7 @@ def test_nothing_fits(tmp_path: Path) -> None:
     assert caught.value.exit_code == DATA
 
 
+@pytest.mark.faults("F44")
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_an_empty_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
@@ -255,6 +264,7 @@ def test_an_empty_file(tmp_path: Path, content: str) -> None:
         load(Source(path=str(tmp_path / "a.jsonl")), TOKENIZER, PLAIN)
 
 
+@pytest.mark.faults("F44")
 def test_nothing_valid(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="2 rows → 0 valid → 0 within") as caught:
         load(lines(tmp_path / "a.jsonl", ["{", "[]"]), TOKENIZER, Rules(1000, chat=False, bad_rows="drop"))
@@ -270,6 +280,7 @@ def test_characters_the_tokenizer_does_not_know(tmp_path: Path) -> None:
 # The recipe's data section
 
 
+@pytest.mark.faults("F48")
 def test_train_and_holdout(tmp_path: Path) -> None:
     train = lines(tmp_path / "train.jsonl", [row(i) for i in range(5)])
     holdout = lines(tmp_path / "test.jsonl", [row(i) for i in range(3, 7)])

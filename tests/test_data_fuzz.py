@@ -62,6 +62,7 @@ def prompts_or_error(source: Source, rules: Rules) -> Dataset | DataError:
         return error
 
 
+@pytest.mark.faults("F43")
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.lists(lines, min_size=1, max_size=12), st.sampled_from(["fail", "drop"]), st.booleans())
 @example([b"\x00" * 100], "fail", True)

@@ -95,6 +95,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert (dataset.prompts[0].text, dataset.prompts[0].answer) == ("x", "4")
 
 
+@pytest.mark.faults("F43")
 def test_parquet_with_nulls_names_the_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"prompt": ["a", None, "c"], "answer": [1, 2, None], "id": ["x", None, None]}), path)

@@ -45,6 +45,7 @@ def test_a_right_machine(install: Install) -> None:
     assert [c.name for c in found if c.status != "ok"] == []
 
 
+@pytest.mark.faults("F63")
 @pytest.mark.parametrize(
     ("check", "there", "gpus", "status", "said"),
     [
@@ -103,6 +104,7 @@ def usage(free: int) -> Callable[[Any], Any]:
     return lambda _: namedtuple("usage", "total used free")(100 * GIB, 0, free)
 
 
+@pytest.mark.faults("F67")
 @pytest.mark.parametrize(
     ("check", "free", "status"),
     [
@@ -121,6 +123,7 @@ def test_space(monkeypatch: pytest.MonkeyPatch, check: Callable[[], Check], free
     assert bool(found.fix) == (status != "ok")
 
 
+@pytest.mark.faults("F67")
 @pytest.mark.parametrize(("length", "status"), [(4, "ok"), (39, "ok"), (40, "fail"), (100, "fail")])
 def test_rays_sockets_need_a_short_path(monkeypatch: pytest.MonkeyPatch, length: int, status: str) -> None:
     """`folder`/ray/session_…/sockets/plasma_store has 68 bytes beside the folder; 107 are allowed."""
@@ -130,6 +133,7 @@ def test_rays_sockets_need_a_short_path(monkeypatch: pytest.MonkeyPatch, length:
     assert found.fix == (None if status == "ok" else "export RAY_TMPDIR=/tmp")
 
 
+@pytest.mark.faults("F67")
 @pytest.mark.parametrize(("soft", "status"), [(1024, "warn"), (20000, "ok"), (resource.RLIM_INFINITY, "ok")])
 def test_open_files(monkeypatch: pytest.MonkeyPatch, soft: int, status: str) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, 8192))
@@ -183,6 +187,7 @@ def test_cores_and_instructions(system: dict[str, str]) -> None:
     assert machine.cpu().status == "warn"
 
 
+@pytest.mark.faults("F63")
 @pytest.mark.parametrize(
     ("smi", "visible", "names", "status"),
     [

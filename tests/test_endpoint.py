@@ -68,6 +68,7 @@ async def _itself(made: Endpoint) -> Endpoint:
     return made
 
 
+@pytest.mark.faults("F51")
 @pytest.mark.parametrize(
     ("trouble", "requests"),
     [
@@ -87,12 +88,14 @@ def test_what_may_pass_is_asked_again(server: FakeOpenAI, trouble: list[Any], re
     assert len(server.seen) == requests
 
 
+@pytest.mark.faults("F51")
 def test_a_hang_is_asked_again_after_the_timeout(server: FakeOpenAI) -> None:
     server.script = [hang]
     assert using(options(server, timeout_s=0.3), write).text == "4"
     assert len(server.seen) == 2
 
 
+@pytest.mark.faults("F51")
 @pytest.mark.parametrize(
     ("trouble", "said"),
     [
@@ -110,6 +113,7 @@ def test_after_all_retries_the_worker_is_lost_and_nothing_made_up(server: FakeOp
     assert len(server.seen) == 4
 
 
+@pytest.mark.faults("F51")
 def test_retry_after_holds_every_request_back(server: FakeOpenAI) -> None:
     server.script = [status(429, Retry_After="0.6")]
 
@@ -219,6 +223,7 @@ def test_the_self_test_of_a_server_that_works(server: FakeOpenAI) -> None:
     assert len(server.seen) == 1
 
 
+@pytest.mark.faults("F51")
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -315,6 +320,7 @@ def test_tokens_and_money_are_counted_over_attempts(server: FakeOpenAI, tmp_path
         assert found.cost == pytest.approx(0.0005 * attempt)
 
 
+@pytest.mark.faults("F51")
 @pytest.mark.parametrize(
     ("limits", "said"),
     [

@@ -16,6 +16,7 @@ from rlkd.algorithms.dapo import DAPO
 from rlkd.algorithms.grpo import GRPO
 from rlkd.core.errors import (
     CheckpointError,
+    ConfigError,
     DataError,
     DivergedError,
     InfrastructureError,
@@ -103,6 +104,7 @@ def test_lost_workers_cost_nothing_but_time(tmp_path: Path) -> None:
     assert any(kind == "worker_lost" for kind, _ in loop.report.events)  # type: ignore[attr-defined]
 
 
+@pytest.mark.faults("F7")
 def test_a_prompt_that_always_loses_its_worker_ends_the_run(tmp_path: Path) -> None:
     loop = loop_of(tmp_path, policy=FakePolicy(lose_every=1))
     with pytest.raises(InfrastructureError, match="lost its worker 4 times"):
@@ -119,6 +121,7 @@ def test_groups_turned_away_are_replaced_and_counted(tmp_path: Path) -> None:
     assert loop.report.observed >= 20 + away  # type: ignore[attr-defined]
 
 
+@pytest.mark.faults("F56")
 def test_no_signal_at_all_stops_with_advice(tmp_path: Path) -> None:
     loop = loop_of(tmp_path, algorithm=DAPO(), verify=FakeVerify(lambda _: 0.0))
     with pytest.raises(DataError, match=r"no learning signal: 4\d groups .*100% all wrong"):
@@ -307,7 +310,7 @@ def test_new_data_begins_a_fresh_segment(tmp_path: Path) -> None:
     driver = json.loads((tmp_path / "checkpoints" / "step-000002" / "driver.json").read_text())
     owed = len(driver["ledger"]["pending"])
     assert owed
-    checkpoints = Checkpoints(Store(tmp_path / "checkpoints"), new_data=True)
+    checkpoints = Checkpoints(Store(tmp_path / "checkpoints"), accept=lambda _: True)
     new = loop_of(tmp_path, schedule=Schedule(steps=4, groups_per_step=3), checkpoints=checkpoints,
                   curriculum=FakeCurriculum(cursor=500), prompts={})  # fmt: skip
     asyncio.run(new.run())
@@ -322,6 +325,111 @@ def test_without_the_word_for_it_other_data_is_refused(tmp_path: Path) -> None:
     asyncio.run(loop_of(tmp_path, schedule=Schedule(steps=2, groups_per_step=3, staleness=1)).run())
     with pytest.raises(CheckpointError, match="ledger"):
         asyncio.run(loop_of(tmp_path, schedule=Schedule(steps=4, groups_per_step=3), prompts={}).run())
+
+
+@pytest.mark.faults("F22")
+def test_the_last_save_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run never ends well without its last step on the disk."""
+    monkeypatch.setattr("rlkd.train.loop.AGAIN_S", 0.0)
+    policy = FakePolicy()
+    loop = loop_of(tmp_path, policy=policy, learner=FakeLearner(policy, cannot_save=1))
+    assert asyncio.run(loop.run()) == 0
+    assert sorted(loop.checkpoints.store.steps()) == [5]
+    hopeless = loop_of(tmp_path / "2", policy=policy, learner=FakeLearner(policy, cannot_save=9),
+                       checkpoints=Checkpoints(Store(tmp_path / "2")))  # fmt: skip
+    with pytest.raises(PreflightError, match="2 saves in a row failed"):
+        asyncio.run(hopeless.run())
+
+
+@pytest.mark.faults("F11")
+def test_a_save_that_just_fits_before_the_deadline_is_made(tmp_path: Path) -> None:
+    policy = FakePolicy()
+    learner = FakeLearner(policy, seconds=0.01)
+    loop = loop_of(tmp_path, policy=policy, learner=learner, margin_s=0.2,
+                   schedule=Schedule(steps=1000, groups_per_step=2))  # fmt: skip
+    loop.checkpoints.save_s = 0.5
+    save = learner.save
+
+    async def slow(path: str) -> Any:
+        await asyncio.sleep(0.5)
+        return await save(path)
+
+    learner.save = slow  # type: ignore[method-assign]
+
+    async def run() -> int:
+        task = asyncio.create_task(loop.run())
+        while getattr(loop, "step", 0) < 3:
+            await asyncio.sleep(0.001)
+        loop.stop.ask(StopRequest("signal", "SIGTERM", time.monotonic() + 0.9))
+        return await task
+
+    with pytest.raises(Stopped, match="saved step"):
+        asyncio.run(run())
+
+
+@pytest.mark.faults("F11")
+def test_a_stop_does_not_wait_for_samplers_that_take_no_weights(tmp_path: Path) -> None:
+    policy = FakePolicy()
+    learner = FakeLearner(policy)
+    publish = learner.publish
+
+    async def hanging(version: int) -> None:
+        if version == 3:
+            await asyncio.sleep(60)
+        await publish(version)
+
+    learner.publish = hanging  # type: ignore[method-assign]
+    loop = loop_of(tmp_path, policy=policy, learner=learner)
+
+    async def run() -> int:
+        task = asyncio.create_task(loop.run())
+        while getattr(loop, "step", 0) < 3:
+            await asyncio.sleep(0.001)
+        loop.stop.ask(StopRequest("signal", "SIGTERM"))
+        return await asyncio.wait_for(task, 20)
+
+    with pytest.raises(Stopped, match="saved step 3 of 5"):
+        asyncio.run(run())
+
+
+@pytest.mark.faults("F8")
+def test_a_stop_is_heard_while_the_learner_is_built_again(tmp_path: Path) -> None:
+    policy = FakePolicy()
+    learner = FakeLearner(policy, dies=lambda n: n == 3)
+    loop = loop_of(tmp_path, policy=policy, learner=learner, checkpoints=Checkpoints(Store(tmp_path / "c"), every=1))
+
+    async def for_ever() -> None:
+        loop.stop.ask(StopRequest("signal", "SIGTERM"))
+        await asyncio.sleep(60)
+
+    learner.rebuild = for_ever  # type: ignore[method-assign]
+    with pytest.raises(Stopped, match="the checkpoint of step 2 stands"):
+        asyncio.run(asyncio.wait_for(loop.run(), 20))
+
+
+def test_a_step_that_is_half_true_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error between the optimizer and the ledger: new weights with the old ledger would train prompts twice."""
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("a bug in a curriculum")
+
+    monkeypatch.setattr(FakeCurriculum, "observe", broken)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(loop_of(tmp_path).run())
+    assert not Store(tmp_path / "checkpoints").steps()
+
+
+def test_a_credit_step_that_loses_groups_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GRPO, "credit_step", lambda _, groups: groups[1:])
+    with pytest.raises(ConfigError, match="credit_step gave back 3 groups for 4"):
+        asyncio.run(loop_of(tmp_path).run())
+
+
+@pytest.mark.faults("F24")
+def test_checkpoints_that_vanished_are_no_fresh_start(tmp_path: Path) -> None:
+    loop = loop_of(tmp_path, checkpoints=Checkpoints(Store(tmp_path / "checkpoints"), promised=50))
+    with pytest.raises(CheckpointError, match="saved step 50, and there is no checkpoint any more"):
+        asyncio.run(loop.run())
 
 
 def test_what_a_step_resolves_does_not_depend_on_who_was_faster(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_a_worker_with_work_that_writes_no_token_is_lost_long_before_its_deadlin
     run(test())
 
 
+@pytest.mark.faults("F3")
 def test_who_is_slow_but_writes_is_left_alone_and_so_is_who_has_nothing_to_do() -> None:
     """And without the watch (control) the stuck one would be waited for until the call's own deadline."""
 

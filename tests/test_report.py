@@ -37,6 +37,7 @@ def observed(*groups: Group) -> dict[str, float]:
 # ── numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.faults("F46")
 def test_numbers_of_finished_groups() -> None:
     mixed = group_of([1.0, 0.0], [3, 5])
     mixed = replace(mixed, samples=(mixed.samples[0], cut_off(mixed.samples[1])))
@@ -127,6 +128,7 @@ def test_every_step_starts_counting_anew(tmp_path: Path) -> None:
     assert (third["reward/mean"], third["batch/reward"]) == (None, 1.0)
 
 
+@pytest.mark.faults("F66")
 def test_durations_do_not_believe_the_wall_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

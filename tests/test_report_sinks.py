@@ -98,6 +98,7 @@ def test_an_error_at_the_end_is_told() -> None:
     assert said[-1] == "tracker did not close: ConnectionError: close is down"
 
 
+@pytest.mark.faults("F59")
 @pytest.mark.parametrize("place", ["open", "write", "close"])
 def test_a_tracker_that_hangs_is_left(place: str) -> None:
     tracker = Tracker(hang=place)
@@ -107,6 +108,7 @@ def test_a_tracker_that_hangs_is_left(place: str) -> None:
     assert sink.dropped == {"open": 5, "write": 4, "close": 0}[place]  # the row under way may still arrive
 
 
+@pytest.mark.faults("F59")
 def test_the_oldest_rows_go_when_the_queue_is_full() -> None:
     tracker = Tracker(hang="write")
     said: list[str] = []
@@ -130,6 +132,7 @@ def test_telling_happens_in_the_callers_thread() -> None:
     assert set(threads) == {threading.current_thread()}
 
 
+@pytest.mark.faults("F59")
 def test_a_run_does_not_notice_a_broken_tracker(tmp_path: Path) -> None:
     r = report(tmp_path)
     tell = lambda text: r.event("tracker", text)  # noqa: E731
@@ -241,6 +244,7 @@ def test_wandb_gets_every_row_and_the_config_it_is_given(fake: Path, monkeypatch
     assert {row["init"]["id"] for row in again if "init" in row} == {init["id"]}  # one run, however many attempts
 
 
+@pytest.mark.faults("F59")
 def test_wandb_without_a_login_is_kept_offline(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink, said, got = tracked(fake, "raise-init-online", monkeypatch, mode="online")
     assert sink.dropped == 0
@@ -272,6 +276,7 @@ def test_wandb_that_refuses_rows_is_told_and_counted(fake: Path, monkeypatch: py
     assert len(got) == 2
 
 
+@pytest.mark.faults("F59")
 def test_wandb_that_crashes_is_told(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, said, _ = tracked(fake, "crash-log", monkeypatch)
     assert any("its process" in text or "BrokenPipe" in text for text in said)

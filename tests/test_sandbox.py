@@ -92,12 +92,14 @@ def test_proc_1_environ() -> None:
     refused(trying("open('/proc/1/environ', 'rb').read()"))
 
 
+@pytest.mark.faults("F41")
 def test_another_process_s_environment(victim: psutil.Process) -> None:
     program = trying(f"assert b'canary-7f3a' in open('/proc/{victim.pid}/environ', 'rb').read()")
     refused(program)
     harms(program)
 
 
+@pytest.mark.faults("F41")
 @pytest.mark.parametrize("room", [CLOSED, OPEN], ids=["sandbox", "process"])
 def test_the_environment_is_scrubbed(monkeypatch: pytest.MonkeyPatch, room: Room) -> None:
     for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY"):
@@ -155,6 +157,7 @@ def listener() -> Iterator[socket.socket]:
         yield server
 
 
+@pytest.mark.faults("F41")
 def test_connect_to_this_machine(listener: socket.socket) -> None:
     program = trying(f"socket.create_connection(('127.0.0.1', {listener.getsockname()[1]}), 2).send(b'x')")
     refused(program)
@@ -192,6 +195,7 @@ def test_without_the_filter_there_is_still_no_network() -> None:
 # --- what the answer must not change
 
 
+@pytest.mark.faults("F41")
 def test_write_outside_its_own_directory(tmp_path: Path) -> None:
     program = trying(f"open({str(tmp_path / 'written')!r}, 'w').write('x')")
     refused(program)
@@ -252,6 +256,7 @@ print("done")
 # --- other processes
 
 
+@pytest.mark.faults("F41")
 def test_kill_its_parent_and_everybody(victim: psutil.Process) -> None:
     program = f"""
 import os, signal
@@ -274,6 +279,7 @@ print("HARM" if {victim.pid} in killed or {os.getpid()} in killed else "refused"
     assert victim.wait(5) is not None
 
 
+@pytest.mark.faults("F41")
 def test_ptrace(victim: psutil.Process) -> None:
     attach = "libc = ctypes.CDLL(None, use_errno=True)\nlibc.ptrace.argtypes = [ctypes.c_long] * 4\n"
     attach += "def attach(pid):\n    if libc.ptrace(16, pid, 0, 0) != 0: raise OSError(ctypes.get_errno(), 'ptrace')\n"
@@ -282,6 +288,7 @@ def test_ptrace(victim: psutil.Process) -> None:
     harms(trying(f"attach({victim.pid}); libc.ptrace(17, {victim.pid}, 0, 0)", attach))
 
 
+@pytest.mark.faults("F37")
 def test_a_fork_bomb() -> None:
     """As many processes as allowed, and no more; the next program of the same sandbox runs undisturbed."""
     bomb = """
@@ -576,6 +583,7 @@ def f(x):
 # --- who may run code where
 
 
+@pytest.mark.faults("F41")
 def test_below_the_sandbox_nothing_runs_unless_accepted() -> None:
     poor = Found(Tier.PROCESS, "the kernel has no Landlock")
     for least in (Tier.SANDBOX, Tier.PROCESS):

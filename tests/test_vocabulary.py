@@ -28,11 +28,13 @@ def test_the_same_map_is_the_same_whatever_its_order() -> None:
     assert differing(WORDS, dict(reversed(WORDS.items()))) == []
 
 
+@pytest.mark.faults("F50")
 def test_a_padded_prefix_is_the_same_on_either_side() -> None:
     longer = {**WORDS, "<extra_0>": 4, "<extra_1>": 9}
     assert differing(WORDS, longer) == differing(longer, WORDS) == []
 
 
+@pytest.mark.faults("F50")
 def test_the_same_size_may_be_other_words() -> None:
     """Negative control for comparing sizes, which would find nothing here."""
     other = {"a": 0, "c": 1, "b": 2, "d": 3}
@@ -54,6 +56,7 @@ def test_differing_is_symmetric_and_empty_only_for_prefixes(order: list[int], si
     assert (found == []) == (order[:size] == list(range(size)))
 
 
+@pytest.mark.faults("F50")
 def test_the_message_shows_the_first_five_and_what_works_instead() -> None:
     other = HFTokenizer(byte_tokenizer())
     problem = mismatch(ids_of(HFTokenizer(character_tokenizer())), ids_of(other), "teachers.big", "kdrl")
@@ -114,6 +117,7 @@ def test_another_end_token_is_no_mismatch(tmp_path: Path, policy: Path) -> None:
     assert known(config(policy, Signal.TEACHER, big={"path": str(both)}), student)["big"].foreign_ends == ()
 
 
+@pytest.mark.faults("F50")
 @pytest.mark.parametrize("signal", [Signal.TEACHER, Signal.TEACHER_TOPK])
 def test_other_words_are_refused_for_log_probs(tmp_path: Path, policy: Path, signal: Signal) -> None:
     big = model(tmp_path / "big", character_tokenizer())

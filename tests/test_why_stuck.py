@@ -77,6 +77,7 @@ def of(pid: int, **more: Any) -> dict[str, Any]:
     return {"pid": pid, "host": socket.gethostname(), "node": "", "state": "is ready", **more}
 
 
+@pytest.mark.faults("F20")
 def test_a_stopped_worker_of_a_live_run(tmp_path: Path) -> None:
     hung = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:

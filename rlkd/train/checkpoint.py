@@ -46,8 +46,9 @@ class Checkpoints:
     every: int | None = 0  # steps; 0: only after the last one; None: by time
     between_failures_s: float = 4 * 3600.0  # mean time, for `every=None`
     facts: Mapping[str, Any] = field(default_factory=dict)  # committed with every checkpoint
-    accept: Callable[[Mapping[str, Any]], None] = lambda _: None  # a checkpoint's facts; raises for one of another run
-    new_data: bool = False  # go on with other prompts than those of the checkpoint
+    # given a checkpoint's facts: True if it is of other prompts, and that is accepted; raises for one of another run
+    accept: Callable[[Mapping[str, Any]], bool] = lambda _: False
+    promised: int | None = None  # the newest step that earlier attempts say they saved
     clock: Callable[[], float] = time.monotonic
     save_s: float | None = None  # measured, smoothed
     step: int | None = None  # of the newest checkpoint, loaded or saved
@@ -76,24 +77,33 @@ class Checkpoints:
         """
         found = await asyncio.to_thread(self.store.newest if step is None else lambda: self.store.at(step))
         if found is None:
+            self._nothing_lost()
             return State()
-        self.accept(found.manifest.facts)
+        new_data = self.accept(found.manifest.facts)
         if step is not None:
             await asyncio.to_thread(self.store.withdraw_after, step)
         saved = _read(found.path)
-        ledger = Ledger.load(saved["ledger"], _unknown if self.new_data else prompt)
+        ledger = Ledger.load(saved["ledger"], _unknown if new_data else prompt)
         state = State(saved["step"], _numbers(saved["last"]), ledger)
-        if not self.new_data:  # else it stays at the beginning of the new data
+        if not new_data:  # else it stays at the beginning of the new data
             curriculum.load_state_dict(saved["curriculum"])
         digests = await learner.load(str(found.path / "learner"))
         own = _digests(_driver(state, curriculum))
-        if self.new_data:
+        if new_data:
             del own["driver/curriculum"]
             ledger.drop_pending(state.step, NEW_DATA)
-            self.new_data = False  # a learner that is lost later goes back to prompts of the new data
         self._compare(found, {**digests, **own})
         self.step, self._since = state.step, self.clock()
         return state
+
+    def _nothing_lost(self) -> None:
+        if self.promised is not None:
+            raise CheckpointError(
+                "RLKD-K107",
+                f"an earlier attempt saved step {self.promised}, and there is no checkpoint any more",
+                where=str(self.store.directory),
+                fix="bring the checkpoints back (a volume that is not mounted?), or begin anew with another name=…",
+            )
 
     def _compare(self, found: Found, loaded: Mapping[str, str]) -> None:
         """Level L1. A learner of other ranks or another ZeRO stage has other parts: those are not compared."""

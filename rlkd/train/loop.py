@@ -12,6 +12,7 @@ is built again, and everything goes back to the last checkpoint with it.
 
 import asyncio
 import math
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from rlkd.core.errors import (
     RESUBMIT,
     BudgetReached,
     CheckpointError,
+    ConfigError,
     DataError,
     DivergedError,
     InfrastructureError,
@@ -39,12 +41,15 @@ from rlkd.train.buffer import Buffer, Done
 from rlkd.train.checkpoint import FIRST_SAVE_S, Checkpoints, State
 from rlkd.train.evaluate import Evaluator
 from rlkd.train.guards import Guards
-from rlkd.train.health import PassRates
+from rlkd.train.health import Alarm, PassRates
 from rlkd.train.ledger import SKIPPED, TRAINED, Row
 from rlkd.train.rollout import scored, verified
 from rlkd.train.stages import Stages
 
 Result = TypeVar("Result")
+
+
+AGAIN_S = 2.0  # between two tries of a save that must not fail
 
 
 @dataclass(frozen=True)
@@ -121,19 +126,23 @@ class Loop:
     async def run(self) -> int:
         """Run to the last step; the exit code. Raises Stopped when asked to stop; other errors as they come."""
         fresh = self.curriculum.state_dict()
-        self.restarts = self.failed_saves = 0
+        self.step = self.restarts = self.failed_saves = 0
+        self.whole, self.held_s = False, 0.0
+        lost: LearnerLost | None = None
         while True:
             try:
+                if lost is not None:
+                    await self._race(self._rebuild(lost))
                 await self._race(self._begin(fresh))
                 await self._race(self.learn(), *(self.produce() for _ in range(self._slots)))
                 return OK
-            except LearnerLost as lost:
-                await self._rebuild(lost)
+            except LearnerLost as error:
+                lost = error
 
     async def _begin(self, fresh: Mapping[str, Any]) -> None:
         """From the newest checkpoint, or from the start: state of the driver, of the learner and of the samplers."""
         self.curriculum.load_state_dict(dict(fresh))
-        self.step = 0
+        self.step, self.whole = 0, False
         self.idle = asyncio.Lock()  # held while the learner's weights and the counters do not fit together
         with self.stages.stage("restore"):
             state = await self.checkpoints.restore(self.learner, self.curriculum, self._prompt, self.resume)
@@ -143,6 +152,7 @@ class Loop:
         most = self.schedule.max_turned_away * self.schedule.groups_per_step
         self.turned_away = TurnedAway(most, PassRates(self.success))
         self.knobs = self.algorithm.knobs(self.step, self.last)
+        self.whole = True
         with self.stages.stage("sync"):
             await self.learner.publish(self.step)
         if self.step == 0 and 0 not in self.evaluator.results:
@@ -167,10 +177,10 @@ class Loop:
             if errors := [e for task in done if (e := task.exception()) is not None]:  # and an error ends the run
                 error = min(errors, key=lambda e: isinstance(e, BudgetReached))  # whatever else is wrong comes first
                 if not isinstance(error, DivergedError | CheckpointError | LearnerLost):
-                    await self._save_before(error, tasks)
+                    await self._save_before(error)
                 raise error
             if not tasks[0].done():
-                raise Stopped(RESUBMIT, await self._save_in_time(tasks))
+                raise Stopped(RESUBMIT, await self._save_in_time(tasks[0]))
         finally:
             for task in tasks:
                 task.cancel()
@@ -236,41 +246,55 @@ class Loop:
             taken = await self.buffer.take(self.schedule.groups_per_step)
             wanted = [d.credited for d in taken.values() if d.credited is not None]
             groups = list(self.algorithm.credit_step(wanted))
-            async with self.idle:
-                await self._train(taken, groups)
-                with self.stages.stage("sync", f"version {self.step}"):
-                    await self.learner.publish(self.step)
-                    canary = await self.guards.after_sync(self.step)
+            alarms = await self._train(taken, groups)
+            with self.stages.stage("sync", f"version {self.step}"):  # a stop need not wait for the samplers
+                await self.learner.publish(self.step)
+                canary = await self.guards.after_sync(self.step)
             with self.stages.stage("evaluate", f"step {self.step}"):
                 await self.evaluator.if_due(self.step, self.schedule.steps, self.services)
             await self.buffer.release(len(wanted))
             more = {**self._staleness(groups), **canary, **self.guards.metrics()}
             self.report.step(self.step, groups, {**self.last, **more}, self.stages.taken())
-            for alarm in self.guards.after_step(self.step, groups, self.last):
+            for alarm in alarms:
                 self.report.event(alarm.kind, alarm.text, step=self.step)
             self.checkpoints.store.news()
             if self.checkpoints.due(self.step, self.schedule.steps):
                 async with self.idle:
-                    await self._save()
+                    await self._save(must=self.step == self.schedule.steps)
 
-    async def _train(self, taken: Mapping[int, Done], groups: Sequence[Group]) -> None:
-        """One optimizer step, and everything that becomes true with it. Nothing waits between update and return."""
+    async def _train(self, taken: Mapping[int, Done], groups: Sequence[Group]) -> list[Alarm]:
+        """One optimizer step, and everything that becomes true with it: nothing is saved before that is so. What its
+        numbers say of the run's health. DivergedError if they are in doubt."""
+        tickets = [ticket for ticket, done in taken.items() if done.credited is not None]
+        if len(groups) != len(tickets):
+            raise ConfigError(
+                "RLKD-C170", f"credit_step gave back {len(groups)} groups for {len(tickets)}",
+                where="algorithm", fix="leave groups out in `credit`, one by one",
+            )  # fmt: skip
         batch = pack(groups, self.learner.ranks, self.max_tokens, self.algorithm.whole_groups)
-        with self.stages.stage("learn", f"step {self.step}"):
-            metrics = await self.learner.update(batch, self.knobs)
-        self.step += 1
-        trained = dict(zip((t for t, d in taken.items() if d.why is None), groups, strict=True))
-        moved, rows = not metrics.get("nonfinite"), []
-        for ticket, done in taken.items():
-            p, samples = done.judged.prompt, len(trained[ticket].samples) if moved and ticket in trained else 0
-            rows.append(Row(ticket, p.id, p.seed, done.why or (TRAINED if moved else SKIPPED), samples))
-            self.curriculum.observe(done.judged)
-        self.buffer.ledger.resolve(self.step, rows)
-        self.report.resolved(self.step, rows)
-        away = Counter(f"turned_away/{done.why}" for done in taken.values() if done.why is not None)
-        self.turned_away.clear()
-        self.last = {**self.knobs, **metrics, **{name: float(n) for name, n in away.items()}}
-        self.knobs = self.algorithm.knobs(self.step, self.last)  # before a producer begins the next step's groups
+        async with self.idle:
+            began, self.whole = time.monotonic(), False
+            with self.stages.stage("learn", f"step {self.step}"):
+                metrics = await self.learner.update(batch, self.knobs)
+            self.step += 1
+            moved = not metrics.get("nonfinite")
+            trained = {t: len(g.samples) for t, g in zip(tickets, groups, strict=True)} if moved else {}
+            rows = []
+            for ticket, done in taken.items():
+                asked = self.buffer.ledger.pending[ticket]  # as it was drawn; an answer may have another seed
+                what = done.why or (TRAINED if moved else SKIPPED)
+                rows.append(Row(ticket, asked.id, asked.seed, what, trained.get(ticket, 0)))
+            self.buffer.ledger.resolve(self.step, rows)
+            for done in taken.values():
+                self.curriculum.observe(done.judged)
+            away = Counter(f"turned_away/{done.why}" for done in taken.values() if done.why is not None)
+            self.turned_away.clear()
+            self.last = {**self.knobs, **metrics, **{name: float(n) for name, n in away.items()}}
+            self.knobs = self.algorithm.knobs(self.step, self.last)  # before a producer begins the next step's groups
+            self.report.resolved(self.step, rows)
+            alarms = self.guards.after_step(self.step, groups, self.last)
+            self.whole, self.held_s = True, max(self.held_s, time.monotonic() - began)
+        return alarms
 
     def _staleness(self, groups: Sequence[Group]) -> dict[str, float]:
         """Of what the policy wrote; NaN for a step of demonstrations."""
@@ -280,6 +304,7 @@ class Loop:
 
     async def _rebuild(self, lost: LearnerLost) -> None:
         """New learner ranks, unless that was done too often since the last checkpoint."""
+        self.whole = False
         if self.stop.is_set():
             raise Stopped(
                 RESUBMIT, f"the learner was lost while the run was ending ({lost}); {self._stands()}"
@@ -296,67 +321,87 @@ class Loop:
             ) from lost
         with self.stages.stage("rebuild"):
             await asyncio.sleep(self.guards.settles_in_s())
-            try:
-                await self.learner.rebuild()
-            except LearnerLost as again:
-                await self._rebuild(again)
+            await self.learner.rebuild()
 
     # --- checkpoints
 
-    async def _save(self) -> None:
-        """Commit the last whole step. A save that fails is told, and the run goes on; too many in a row end it."""
+    async def _save(self, must: bool = False) -> None:
+        """Commit the last whole step. A save that fails is told, and the run goes on; too many in a row end it. With
+        `must` nothing comes after it: it is tried again until then."""
         state, result = State(self.step, self.last, self.buffer.ledger), self.evaluator.results.get(self.step)
         score = result.estimates[0].value if result is not None and result.estimates else None
-        try:
-            with self.stages.stage("save", f"step {self.step}"):
-                path = await self.checkpoints.save(state, self.learner, self.curriculum, score)
-        except (OSError, SaveFailed) as error:
-            self.failed_saves += 1
-            text = f"step {self.step} could not be saved ({error}); {self._stands()}"
-            self.report.event("save_failed", text, step=self.step)
-            if self.failed_saves >= self.max_failed_saves:
-                raise PreflightError(
-                    "RLKD-E170", f"{self.failed_saves} saves in a row failed; the last one: {error}",
-                    where="checkpoint", fix="make room on the disk; the same command continues from the last one",
-                ) from error  # fmt: skip
-            return
+        while True:
+            try:
+                with self.stages.stage("save", f"step {self.step}"):
+                    path = await self.checkpoints.save(state, self.learner, self.curriculum, score)
+                break
+            except (OSError, SaveFailed) as error:
+                self._save_failed(error)
+            if not must:
+                return
+            await asyncio.sleep(AGAIN_S)
         self.failed_saves = self.restarts = 0
         if path is not None:
             self.report.event("checkpoint", f"saved step {self.step}", path=str(path), step=self.step)
 
+    def _save_failed(self, error: OSError | SaveFailed) -> None:
+        self.failed_saves += 1
+        text = f"step {self.step} could not be saved ({error}); {self._stands()}"
+        self.report.event("save_failed", text, step=self.step)
+        if self.failed_saves >= self.max_failed_saves:
+            raise PreflightError(
+                "RLKD-E170", f"{self.failed_saves} saves in a row failed; the last one: {error}", where="checkpoint",
+                fix="make room on the disk; the same command continues from the last checkpoint",
+            ) from error  # fmt: skip
+
     def _stands(self) -> str:
-        saved = self.checkpoints.step
-        return "nothing was saved yet" if saved is None else f"the checkpoint of step {saved} stands"
+        there = self.checkpoints.step
+        if there is None:
+            there = max(self.checkpoints.store.there(), default=None)
+        return "nothing was saved yet" if there is None else f"the checkpoint of step {there} stands"
 
-    async def _save_and_end(self, tasks: Sequence["asyncio.Task[Any]"]) -> None:
-        """Save from the last whole step, without waiting for rollouts under way; their prompts stay owed."""
-        async with self.idle:
-            for task in tasks:
-                task.cancel()
-            if self.step and self.step != self.checkpoints.step:
-                await self._save()
+    def _unsaved(self) -> bool:
+        """Whether there is a whole step that no checkpoint has."""
+        return self.whole and self.step > 0 and self.step != self.checkpoints.step
 
-    async def _save_before(self, error: BaseException, tasks: Sequence["asyncio.Task[Any]"]) -> None:
+    async def _save_before(self, error: BaseException) -> None:
         """The run ends with this error; what it learned until then shall not be lost, if that can be."""
+
+        async def save() -> None:
+            async with self.idle:
+                if self._unsaved():
+                    await self._save(must=True)
+
+        if not self.whole and not self.step:
+            return
         try:
-            await asyncio.wait_for(self._save_and_end(tasks), self._save_takes() * 10 + self.schedule.stall_s)
+            await asyncio.wait_for(save(), self._save_takes() * 10 + self.schedule.stall_s)
         except Exception as second:
             text = f"step {self.step} could not be saved before the run ended: {second!r}; {self._stands()}"
             self.report.event("save_failed", text, step=self.step)
 
-    async def _save_in_time(self, tasks: Sequence["asyncio.Task[Any]"]) -> str:
-        """Asked to stop: save, if that can be done before the deadline; what to tell the user."""
+    async def _save_in_time(self, work: "asyncio.Task[Any]") -> str:
+        """Asked to stop: save, if that can be done before the deadline; what to tell the user. Rollouts under way are
+        not waited for: their prompts stay owed."""
         request, left = self.stop.request, self.stop.left_s()
-        reason = f"{request.text}: " if request is not None else ""
-        try:
-            await asyncio.wait_for(self._save_and_end(tasks), None if left is None else left - self._save_takes())
-        except (TimeoutError, SaveFailed, PreflightError) as error:
-            why = f"no time to save within {left:.0f} s" if isinstance(error, TimeoutError) else str(error)
-            return f"{reason}{why}; {self._stands()}; the same command continues there"
+        reason, again = f"{request.text}: " if request is not None else "", "the same command continues there"
         if not self.step:
-            return f"{reason}nothing was trained yet; the same command starts again"
-        saved = self.checkpoints.step
-        return f"{reason}saved step {saved} of {self.schedule.steps}; the same command continues there"
+            return f"{reason}nothing was trained in this attempt, and {self._stands()}; the same command goes on"
+        try:
+            async with asyncio.timeout(None if left is None else left - self._save_takes()):
+                await self.idle.acquire()
+        except TimeoutError:
+            return f"{reason}no time to save within {left:.0f} s; {self._stands()}; {again}"
+        if work.done() and (error := work.exception()) is not None:
+            raise error
+        if not self._unsaved():
+            return f"{reason}{self._stands()}; {again}"
+        left = self.stop.left_s()  # others may have asked meanwhile, for sooner
+        try:
+            await asyncio.wait_for(self._save(must=True), None if left is None else max(0.0, left - self.margin_s / 2))
+        except (TimeoutError, SaveFailed, PreflightError) as failed:
+            return f"{reason}step {self.step} could not be saved ({failed or 'no time'}); {self._stands()}; {again}"
+        return f"{reason}saved step {self.step} of {self.schedule.steps}; {again}"
 
     def _save_takes(self) -> float:
         return (self.checkpoints.save_s or FIRST_SAVE_S) + self.margin_s

@@ -143,7 +143,7 @@ class LearnerGroup:
         return Shares.merged(shares)
 
     async def publish(self, version: int) -> None:
-        refs = await self._all("publish", self._timeout_s, *[(version,)] * self._ranks)
+        refs = await self._all("publish", self._timeout_s, *[(version,)] * self._ranks, fatal=self._gathers)
         await self._deliver(refs[0])
 
     async def save(self, path: str) -> Mapping[str, str]:
@@ -158,7 +158,7 @@ class LearnerGroup:
 
     async def _written(self, method: str, path: str) -> list[Any]:
         """The ranks write something, and can go on if that fails: unless they wait for each other in it (export)."""
-        calls, together = [(os.path.abspath(path),)] * self._ranks, self._ranks > 1 and method == "export"
+        calls, together = [(os.path.abspath(path),)] * self._ranks, method == "export" and self._gathers
         try:
             return await self._all(method, self._timeout_s, *calls, fatal=together)
         except RayTaskError as error:
@@ -170,7 +170,8 @@ class LearnerGroup:
 
     async def probe(self) -> Mapping[str, Any]:
         """Tokens, and the log-probs that the policy gives them now (engines/deepspeed.py)."""
-        answers: list[Mapping[str, Any]] = await self._all("probe", self._timeout_s, *[()] * self._ranks)
+        calls: list[tuple[Any, ...]] = [()] * self._ranks
+        answers: list[Mapping[str, Any]] = await self._all("probe", self._timeout_s, *calls, fatal=self._gathers)
         return answers[0]
 
     async def rebuild(self) -> None:
@@ -191,18 +192,23 @@ class LearnerGroup:
         self._actors = []
 
     @property
+    def _gathers(self) -> bool:
+        """Whether ranks wait for each other to put weights together: an error of one leaves the others hanging."""
+        return self._ranks > 1 and self._options.get("zero_stage") == 3
+
+    @property
     def _timeout_s(self) -> float:
         return float(self._options["timeout_s"])
 
     async def _all(self, method: str, timeout_s: float, *arguments: tuple[Any, ...], fatal: bool = True) -> list[Any]:
         """Call every rank at once. The first error ends all ranks: without one the others hang in a collective.
-        With `fatal=False` only the loss of a rank does."""
+        With `fatal=False`, and where there is only one, only the loss of a rank does."""
         calls = [asyncio.ensure_future(self._one(r, method, timeout_s, *a)) for r, a in enumerate(arguments)]
         try:
             return list(await asyncio.gather(*calls))
         except Exception as error:
             cause = await _cause(error, calls)
-            if fatal or isinstance(cause, LearnerLost):
+            if (fatal and self._ranks > 1) or isinstance(cause, LearnerLost):
                 self.kill()
             if cause is error:
                 raise

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import ray
 from jaxtyping import Float32, Int32
+from ray.exceptions import RayTaskError
 
 from rlkd.core.errors import InfrastructureError, RlkdError, WorkerLost
 from rlkd.core.ports import Completion, Sampling, WeightRef
@@ -117,7 +118,7 @@ class Pool(Crew):
             await self._hand_over(slot, ref)
         except WorkerLost as lost:
             self._lose(slot, handle, lost)
-        except RlkdError as error:
+        except (RlkdError, RayTaskError) as error:
             self._lose(slot, handle, WorkerLost(str(error)))
         finally:
             slot.loading = False
@@ -141,7 +142,7 @@ class Pool(Crew):
             try:
                 await self._hand_over(slot, ref)
                 done = ref
-            except RlkdError as error:
+            except (RlkdError, RayTaskError) as error:
                 if self._ref is ref:  # not just overwritten by the next version
                     raise WorkerLost(str(error)) from error
 

@@ -35,6 +35,7 @@ def with_reward(path: Path, **options: object) -> None:
     path.write_text(yaml.safe_dump(config) + f"# the other account: password: {HUB}\n")
 
 
+@pytest.mark.faults("F65")
 def test_an_endpoint_that_repeats_secrets(tmp_path: Path, tiny: Path) -> None:  # noqa: F811
     """A run that ends well, with wandb's files."""
     with FakeOpenAI(key=KEY).running() as server:
@@ -55,6 +56,7 @@ def test_an_endpoint_that_repeats_secrets(tmp_path: Path, tiny: Path) -> None:  
     assert any(where.startswith("runs/t/wandb/") and "<redacted" in text for where, text in written.items())
 
 
+@pytest.mark.faults("F65")
 def test_a_reward_that_raises_with_secrets(tmp_path: Path, tiny: Path) -> None:  # noqa: F811
     """A run that ends with an error."""
     path = recipe(tmp_path, tiny, algorithm={"name": "grpo", "rollout": {"samples": 4}})

@@ -102,6 +102,7 @@ def test_groups_are_judged_at_once_on_workers_and_children(tmp_path: Path) -> No
         made.close()
 
 
+@pytest.mark.faults("F6")
 def test_a_killed_actor_is_replaced_and_its_group_judged_again(pool: Make) -> None:
     made = pool(f"{PATHOLOGICAL}:Slow")
 
@@ -193,6 +194,7 @@ def test_code_runs_in_the_sandbox_of_the_worker_s_machine_or_the_pool_does_not_s
         made.close()
 
 
+@pytest.mark.faults("F41")
 def test_a_pool_refuses_code_with_exit_3_through_ray(tmp_path: Path) -> None:
     poor = tmp_path / "poor.py"
     poor.write_text(POOR)

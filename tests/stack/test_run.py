@@ -55,6 +55,7 @@ def rows(folder: Path, name: str = "t") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.faults("F53")
 def test_train_export_eval(tmp_path: Path, tiny: Path) -> None:
     """Two steps of GRPO with a reference on vLLM and DeepSpeed; then its model is exported and evaluated."""
     path = recipe(tmp_path, tiny, algorithm={"name": "grpo", "beta": 0.01, "rollout": {"samples": 4}})
@@ -195,6 +196,7 @@ REWARDS = {
 }
 
 
+@pytest.mark.faults("F42")
 @pytest.mark.parametrize(
     ("command", "kind"), [("check", "raises"), ("check", "hangs"), ("check", "nan"), ("train", "raises")]
 )
@@ -212,6 +214,7 @@ def test_a_broken_reward_is_one_clear_error(tmp_path: Path, tiny: Path, command:
     assert "Traceback" not in done.stderr.split("error[")[0]
 
 
+@pytest.mark.faults("F63")
 def test_a_gpu_asked_for_and_not_there(tmp_path: Path, tiny: Path) -> None:
     done = rlkd("train", str(recipe(tmp_path, tiny)), "model.device=cuda", cwd=tmp_path)
     assert done.returncode == 3, done.stderr[-2000:]
@@ -219,6 +222,7 @@ def test_a_gpu_asked_for_and_not_there(tmp_path: Path, tiny: Path) -> None:
     assert "model.device=cpu" in done.stderr
 
 
+@pytest.mark.faults("F63")
 def test_more_workers_than_the_cluster_has_room_for(tmp_path: Path, tiny: Path) -> None:
     done = rlkd("train", str(recipe(tmp_path, tiny)), "sampler.workers=400", "ray.wait_s=3", cwd=tmp_path)
     assert done.returncode == 3, done.stderr[-2000:]

@@ -204,6 +204,7 @@ def trained(tmp: Path, tiny: Path, kill: bool) -> tuple[dict[str, Group], list[s
     return asyncio.run(run())
 
 
+@pytest.mark.faults("F7")
 @pytest.mark.usefixtures("cluster")
 def test_a_teacher_killed_in_the_middle_of_a_call_is_asked_again(tmp_path: Path, tiny: Path) -> None:
     calm, _, _ = trained(tmp_path / "calm", tiny, kill=False)
@@ -310,6 +311,7 @@ def events(folder: Path) -> list[tuple[str, str]]:
     return [(row["kind"], row["text"]) for row in rows]
 
 
+@pytest.mark.faults("F51")
 def test_a_run_with_an_endpoint_that_misbehaves(tmp_path: Path, tiny: Path) -> None:
     """429, 500, a hang, a drop and junk in the middle of a run; then a budget that is reached; then no more of it. The
     key is in no file and nothing printed."""

@@ -370,6 +370,7 @@ def test_what_does_not_fit_is_one_clear_error(sampler: Sampler) -> None:
 # --- losses
 
 
+@pytest.mark.faults("F1")
 def test_a_killed_worker_is_replaced_by_one_with_the_current_weights(tmp_path: Path) -> None:
     """On an untied model. kill -9 in the middle of samples: WorkerLost within seconds, not at the call's deadline."""
     random_llama(tmp_path / "model", tied=False)
