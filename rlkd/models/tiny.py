@@ -4,7 +4,7 @@
 trained, supervised, on fresh random problems as a pupil wrote them who drops each carry with probability FORGETS. So it
 knows how to carry and more often than not does not: about a third of its answers are right sampled at temperature 1,
 fewer greedily, and reinforcement learning has a habit to mend, with right answers in almost every group to learn from.
-`--forgets 0` makes one that carries: a teacher with the same tokens (`rlkd model get tiny-teacher DIR`).
+`--forgets 0` makes one that carries: the teacher in tiny_teacher/, with the same tokens.
 
 The same seed, torch and kind of CPU give the same weights; others give other weights of about the same accuracy.
 """
