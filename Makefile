@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test unit stack lint lock setup clean
+.PHONY: demo test long unit stack lint lock setup clean
 
 demo: $(READY)
 	$(BIN)/rlkd model get tiny models/tiny
@@ -13,7 +13,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto -m "not stack and not cluster and not chaos" --durations=5
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "stack or cluster or chaos" --durations=12
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "(stack or cluster or chaos) and not long" --durations=12
+
+long: $(READY)
+	$(BIN)/python -m pytest -m long --durations=0
 
 unit: $(READY)
 	$(BIN)/python -m pytest -n auto -m "not stack and not cluster and not chaos"

@@ -58,6 +58,7 @@ def test_the_driver_is_killed_stopped_and_finds_a_damaged_checkpoint(
 
 
 @marked
+@pytest.mark.long
 @pytest.mark.faults("F8", "F23")
 def test_a_rank_dies_in_backward_in_step_and_in_save_and_the_driver_in_a_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from rlkd.report.files import read_lines
 from rlkd.report.history import latest
 from tests.chaos.recipe import recipe
 
-pytestmark = [pytest.mark.stack, pytest.mark.chaos]
+pytestmark = [pytest.mark.stack, pytest.mark.chaos, pytest.mark.long]
 STEPS = 8
 
 
