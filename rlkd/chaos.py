@@ -57,6 +57,7 @@ class Chaos:
     gap_s: float  # mean time between two faults
     seed: int = 0
     tell: Callable[[str], None] = print
+    once_it_moves: bool = False  # the time to a fault counts from an attempt's first new step, not from its start
     done: list[Kill] = field(default_factory=list)
     attempts: int = 0
     idle_attempts: int = 0  # in a row, without a new step
@@ -79,15 +80,17 @@ class Chaos:
         self.attempts += 1
         with log.open("ab") as out:
             driver = subprocess.Popen(self.command, stdout=out, stderr=out)
-        began, again = time.monotonic(), self._next_gap()
+        began, before = time.monotonic(), steps(self.directory)
+        last, gap = (None if self.once_it_moves else began), self._next_gap()
         try:
             while driver.poll() is None:
                 now = time.monotonic()
                 if now > until:
                     raise self._wrong("the run did not end in time", log)
-                if len(self.done) < self.kills and now - began > again and self._strike(driver, now - began):
-                    began_again = time.monotonic() - began
-                    again = began_again + self._next_gap()
+                if last is None:
+                    last = now if steps(self.directory) > before else None
+                elif len(self.done) < self.kills and now - last > gap and self._strike(driver, now - began):
+                    last, gap = time.monotonic(), self._next_gap()
                 time.sleep(0.01)
         finally:
             end(driver)
@@ -95,7 +98,8 @@ class Chaos:
 
     def _next_gap(self) -> float:
         """Up to twice the mean. After attempts that came to nothing the run is given time."""
-        return self._random.uniform(0.0, 2 * self.gap_s) + 20.0 * self.idle_attempts
+        more = 0.0 if self.once_it_moves else 20.0 * self.idle_attempts
+        return self._random.uniform(0.0, 2 * self.gap_s) + more
 
     def _strike(self, driver: "subprocess.Popen[bytes]", seconds: float) -> bool:
         """Do one of the faults; False if there is nobody to do it to (yet)."""
@@ -115,8 +119,9 @@ class Chaos:
         except ProcessLookupError:  # it was quicker
             self.done.pop()
             return False
+        if fault in ("driver", "flip"):
+            driver.wait()  # or a process that is ending is killed once more, and counted
         if fault == "flip":
-            driver.wait()
             flip_a_byte(self.directory, self._random)
         return True
 

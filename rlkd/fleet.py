@@ -5,7 +5,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from rlkd.config.schema import Config
-from rlkd.core.errors import PreflightError
+from rlkd.core.errors import InfrastructureError, LearnerLost, PreflightError, WorkerLost
 from rlkd.core.ports import Services, Writer
 from rlkd.inputs import Inputs
 from rlkd.rewards.mix import Mix
@@ -161,7 +161,7 @@ class _Builder:
         for name, part in parts.items():
             if part is not None:
                 self.tell("starting", f"{name} workers")
-                await part.start()
+                await started(part.start, name, self.config.learner.max_restarts, self.tell)
                 for note in part.notes() if isinstance(part, RewardPool) else ():
                     self.tell("sandbox", note)
 
@@ -261,6 +261,21 @@ class _Builder:
         group = LearnerGroup(learner.ranks, spawn, options, self.config.algorithm, policy.deliver)
         self.stack.push_async_callback(group.finish)
         return group
+
+
+async def started(start: Callable[[], Awaitable[None]], name: str, more: int, tell: Tell) -> None:
+    """Workers that are lost while they come up are started again, so many times; then InfrastructureError."""
+    for left in range(more, -1, -1):
+        try:
+            await start()
+        except (WorkerLost, LearnerLost) as lost:
+            if not left:
+                fix = "the same command starts again; Ray's logs say why the process ended"
+                text = f"{name} was lost {more + 1} times before it was up; the last: {lost}"
+                raise InfrastructureError("RLKD-I006", text, where="learner.max_restarts", fix=fix) from lost
+            tell("worker_lost", f"{lost}; it had not come up yet and is started again ({left} tries left)")
+        else:
+            return
 
 
 def _cores() -> int:

@@ -127,6 +127,8 @@ class LearnerGroup:
         return self._ranks
 
     async def start(self) -> None:
+        """New ranks, as at the very start: nothing is left of others that there were."""
+        self.kill()
         self._actors = [self._spawn(rank) for rank in range(self._ranks)]
         self._places = await self._all("place", START_S, *[()] * self._ranks)
         store = await self._one(0, "open_store", START_S)
@@ -175,8 +177,7 @@ class LearnerGroup:
         return answers[0]
 
     async def rebuild(self) -> None:
-        """New ranks in the place of lost ones, as at the start: nothing of the old ones is left."""
-        self.kill()
+        """In the place of lost ones."""
         await self.start()
 
     async def finish(self) -> None:

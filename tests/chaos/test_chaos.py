@@ -38,7 +38,7 @@ def command(folder: Path, **changes: object) -> Callable[[str], list[str]]:
 def test_workers_and_learner_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     train = command(tmp_path, schedule={"steps": 250, "groups_per_step": 3, "staleness": 1})
-    found = chaos(train, tmp_path / "runs", ["rollout", "reward", "learner"], 6, 1.5, limit_s=280.0)
+    found = chaos(train, tmp_path / "runs", ["rollout", "reward", "learner"], 6, 4.0, limit_s=280.0)
     assert found["exit"] == 0, found["text"]
     assert sum(found["faults"].values()) == 6
     assert found["attempts"] == 1

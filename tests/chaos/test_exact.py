@@ -27,11 +27,11 @@ def trained(folder: Path, model: Path, kills: int, seed: int = 0, **environment:
     """A run on real parts (the hf engine), disturbed so often; and its losses, ledger and final weights."""
     folder.mkdir()
     path = recipe(
-        folder, model, schedule={"steps": STEPS, "groups_per_step": 3}, deterministic=True, checkpoint={"every": 1},
+        folder, model, schedule={"steps": STEPS, "groups_per_step": 10}, deterministic=True, checkpoint={"every": 1},
         rewards={"arithmetic": {}}, sampler={"engine": "hf", "max_tokens": 40, "workers": 1, "threads": 1},
     )  # fmt: skip
     command = ["env", *(f"{k}={v}" for k, v in environment.items()), sys.executable, "-m", "rlkd", "train", str(path)]
-    run = Chaos(command, folder / "chaos", ["driver"], kills, 14.0, seed)
+    run = Chaos(command, folder / "chaos", ["driver"], kills, 0.15, seed, once_it_moves=True)
     run.run(folder / "log", 250.0)
     rows = latest(read_lines(folder / "chaos" / "metrics.jsonl"))
     losses = {r["step"]: (r["loss"], r["grad_norm"], r["batch/reward"]) for r in rows}
