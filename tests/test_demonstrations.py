@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from rlkd.config.schema import DataConfig, Source
@@ -190,7 +190,9 @@ def test_the_answers_limit_is_the_samplers(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda t: t.strip()))
-def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+@example("a<end_of_turn>b")
+def test_any_text_comes_back_but_for_end_marks_at_its_end(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    assume(cleaned(text, "") == text)  # hypothesis tries the marks it reads in our own source, too
     prompt = from_column(tmp_path_factory.mktemp("d"), text).prompts[0]
     assert worked(prompt) == [("data", f"{text}</s>")]
 
