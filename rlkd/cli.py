@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlkd.cli_ckpt import ckpt
+from rlkd.cli_plan import plan
+from rlkd.cli_render import render
+from rlkd.cli_submit import hook as hook_submit
+from rlkd.cli_sweep import sweep
 from rlkd.core.errors import OK, ConfigError
 from rlkd.report import secrets
 from rlkd.terminal import Json, Run, guarded, show_result
@@ -29,6 +33,10 @@ app = typer.Typer(
 models = typer.Typer(help="Small models that come without a model hub.", no_args_is_help=True)
 app.add_typer(models, name="model")
 app.add_typer(ckpt, name="ckpt")
+app.command()(plan)
+hook_submit(app)
+app.command()(render)
+app.command()(sweep)
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, for example configs/grpo-arithmetic.yaml.")]
 Overrides = Annotated[

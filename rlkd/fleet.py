@@ -1,8 +1,6 @@
 """The actors of a run: reserved, started, wired to each other, and taken down again."""
 
 import asyncio
-import hashlib
-import math
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -19,12 +17,13 @@ from rlkd.core.ports import Services, Writer
 from rlkd.inputs import Inputs
 from rlkd.rewards.mix import Mix
 from rlkd.rewards.table import pack
+from rlkd.site import Site, settled
 from rlkd.staff import PROBE_S, Staff
 from rlkd.teachers import reader
 from rlkd.train.traces import LiveTraces
 from rlkd.workers.learner import LearnerGroup
 from rlkd.workers.learner import spawner as learner_spawner
-from rlkd.workers.placement import Placement, bundles, reserve
+from rlkd.workers.placement import Placement
 from rlkd.workers.pool import Pool, PoolOptions
 from rlkd.workers.reward import RewardPool, WorkerOptions
 from rlkd.workers.rollout import spawner
@@ -32,7 +31,6 @@ from rlkd.workers.roster import Roster
 from rlkd.workers.threads import Threads, environment, plan
 
 Tell = Callable[..., None]
-SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass
@@ -47,6 +45,14 @@ class Fleet:
     roster: Roster | None = None  # who is where; None: nobody asks
     on_gpu: bool = False
     placement: Placement | None = None
+    site: Site | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """What the workers say of themselves: for the metrics of a step."""
+        found = {**self.verify.metrics(), **self.policy.metrics(), "workers/rollout": float(self.policy.ready)}
+        if self.site is not None and self.site.carrier is not None and self.site.carrier.times:
+            found["sync/mib_to_other_nodes"] = self.site.carrier.bytes / 2**20  # since the start
+        return found
 
     @classmethod
     @asynccontextmanager
@@ -65,8 +71,7 @@ class Fleet:
         `attempt`: where the roster and stacks go. `was_draining(node)`: what is lost there is nobody's fault.
         """
         async with AsyncExitStack() as stack:
-            connect(config)
-            stack.callback(ray.shutdown)
+            join(config, stack)
             roster = Roster(attempt, config.health.on_stall, tell) if attempt is not None else None
             builder = _Builder(config, read, directory, tell, stack, roster, was_draining)
             yield await builder.fleet(learner)
@@ -85,6 +90,13 @@ class Fleet:
         """The reference and the teachers alone, as a run would start them; nothing is written down."""
         async with AsyncExitStack() as stack:
             yield await _Builder(config, read, Path(), tell, stack).staff()
+
+
+def join(config: Config, stack: AsyncExitStack) -> None:
+    """Be in a Ray cluster until `stack` ends. An actor (a trial of a sweep) is in one already, and stays there."""
+    if not ray.is_initialized():
+        connect(config)
+        stack.callback(ray.shutdown)
 
 
 def connect(config: Config) -> None:
@@ -115,7 +127,7 @@ class _Builder:
         staff = Staff(config, self.read, self.directory, self.tell, self.stack, learner, self.was_draining, stacks)
         await staff.test_endpoints()
         ranks = config.learner.ranks if learner else 0
-        await self._reserve(staff, ranks, config.sampler.workers, config.verifier.workers)
+        await self._reserve(staff, ranks, True, config.verifier.workers)
         policy, verify = self._policy(), self._verify()
         group = self._learner(policy) if learner else None
         crews: list[Any] = [policy, verify, *staff.pools.values()]
@@ -132,28 +144,27 @@ class _Builder:
             policy, verify, staff.teachers(), staff.reference(), self.read.tokenizer, writers,
             self._traces(writers, verify) if writers else None, self.tell, self.read.sampling(config),
         )  # fmt: skip
-        return Fleet(services, group, policy, verify, crews, self.roster, self._gpu(), self.placement)
+        return Fleet(services, group, policy, verify, crews, self.roster, self._gpu(), self.placement, self.site)
 
     async def staff(self) -> Staff:
         """The frozen models alone, started."""
         staff = Staff(self.config, self.read, None, self.tell, self.stack)
         await staff.test_endpoints()
         if staff.counts():
-            connect(self.config)
-            self.stack.callback(ray.shutdown)
-            await self._reserve(staff, 0, 0, 0)
+            join(self.config, self.stack)
+            await self._reserve(staff, 0, False, 0)
             await self._bring_up(staff.pools)
         return staff
 
-    async def _reserve(self, staff: Staff, ranks: int, samplers: int, verifiers: int) -> None:
+    async def _reserve(self, staff: Staff, ranks: int, samplers: bool, verifiers: int) -> None:
         """Room for everybody on the cluster, and threads; and the pools of the staff, which need to know both."""
         counts, config = staff.counts(), self.config
-        tensors, share = config.sampler.tensor_parallel, config.ray.share_gpus
-        wanted = bundles(ranks, samplers, tensors, verifiers, counts, self._gpu(), share)
-        self.placement: Placement = await reserve(wanted, config.ray.wait_s)
-        self.stack.callback(self.placement.release)
-        overlap = config.schedule.staleness > 0
-        self.threads: Threads = plan(_cores(), max(samplers, 1), max(ranks, 1), sum(counts.values()), overlap)
+        self.site: Site = await settled(
+            config, self.directory, self.tell, self.stack, ranks, samplers, verifiers, counts, self._gpu()
+        )
+        self.placement = self.site.placement
+        beside, overlap = config.sampler.workers if samplers else 1, config.schedule.staleness > 0
+        self.threads: Threads = plan(self.site.cores, beside, max(ranks, 1), sum(counts.values()), overlap)
         staff.make(self.placement, self.threads)
 
     async def _bring_up(self, parts: Mapping[str, Any]) -> None:
@@ -207,15 +218,19 @@ class _Builder:
             "threads": threads,
         }
         spawn = spawner(s.engine, options, environment(threads), lambda i: self.placement.options(f"rollout-{i}"))
+        least = s.workers if s.min_workers is None else s.min_workers
         alone = 1 if self.config.deterministic else None  # what is computed beside a request changes its last bits
         limits = PoolOptions(
             timeout_s=s.timeout_s, sync_s=self.config.sync.timeout_s, probe_s=PROBE_S, at_once=alone,
             stall_s=s.stall_s, nobody_s=s.min_workers_timeout_s, replacements=s.replacements,
-            in_window=s.replacements_in_10_min,
+            in_window=s.replacements_in_10_min, at_least=s.min_workers or 1,
+            start_with=None if self.site.samplers == least else least,
         )  # fmt: skip
         pool = Pool(
-            "rollout", spawn, s.workers, self.read.sampling(self.config), limits, tell=self.tell,
+            "rollout", spawn, self.site.samplers, self.read.sampling(self.config), limits, tell=self.tell,
             was_draining=self.was_draining, stacks=self.roster.stacks if self.roster is not None else None,
+            seated=lambda i: self.site.seated(f"rollout-{i}"),
+            bring=None if self.site.carrier is None else self.site.carrier.bring,
         )  # fmt: skip
         self.stack.callback(pool.close)
         return pool
@@ -253,12 +268,13 @@ class _Builder:
         options |= {"model": how, "steps": self.config.schedule.steps, "threads": threads}
         options["deterministic"] = self.config.deterministic
         options["debug_directory"] = str((self.directory / "debug").resolve())
-        weights = _weights_directory(self.config, self.directory)
+        weights = self.site.published
         self.stack.callback(shutil.rmtree, weights, ignore_errors=True)
         spawn = learner_spawner(
             learner.ranks, str(weights), environment(threads), lambda rank: self.placement.options(f"learner-{rank}")
         )
-        group = LearnerGroup(learner.ranks, spawn, options, self.config.algorithm, policy.deliver)
+        seated = self.site.learner_seated
+        group = LearnerGroup(learner.ranks, spawn, options, self.config.algorithm, policy.deliver, seated=seated)
         self.stack.push_async_callback(group.finish)
         return group
 
@@ -276,19 +292,3 @@ async def started(start: Callable[[], Awaitable[None]], name: str, more: int, te
             tell("worker_lost", f"{lost}; it had not come up yet and is started again ({left} tries left)")
         else:
             return
-
-
-def _cores() -> int:
-    """Cores of the cluster's smallest node: threads are planned for the worst."""
-    cpus = [n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]]
-    return max(1, math.floor(min(c for c in cpus if c > 0)))
-
-
-def _weights_directory(config: Config, directory: Path) -> Path:
-    """Where weights pass from learner to samplers: shared memory, or a directory every node sees."""
-    if config.sync.kind == "disk":
-        return Path(config.sync.path) if config.sync.path else directory / "weights"
-    if not SHARED_MEMORY.is_dir():
-        raise PreflightError("RLKD-E022", f"there is no {SHARED_MEMORY}", where="sync.kind", fix="set sync.kind=disk")
-    place = hashlib.blake2b(str(directory.resolve()).encode(), digest_size=6).hexdigest()
-    return SHARED_MEMORY / f"rlkd-{config.name}-{place}"  # the same after a kill: its leavings are removed then

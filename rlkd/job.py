@@ -90,7 +90,7 @@ def guards(config: Config, fleet: Fleet, tell: Callable[..., None]) -> Guards:
     alarms = Alarms(limits, Limits(h.length_growth, h.entropy_share, h.repetition, h.truncated))
     learner, policy = fleet.learner, fleet.policy
     canary = Canary(h.canary_every, limits, learner.probe, policy.canary, learner.publish, tell)
-    found = Guards(alarms, canary, metrics=fleet.verify.metrics)
+    found = Guards(alarms, canary, metrics=fleet.metrics)
     if roster is not None:
         found.stalled, found.counters = roster.stalled, roster.counters
     return found

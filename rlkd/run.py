@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,25 @@ from rlkd.signals import Signals, grace_of_platform
 from rlkd.train.checkpoint import Checkpoints
 from rlkd.train.evaluate import Evaluator
 from rlkd.train.loop import Loop
+from rlkd.train.passk import Evaluation
 from rlkd.workers import drain
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Somebody who follows a run from another thread of its process: may ask it to stop, and hears every evaluation."""
+
+    stop: Stop = field(default_factory=Stop)
+    evaluated: Callable[[Config, int, Mapping[str, float]], None] = lambda *_: None  # in the run's own thread
+
+
 def train(
-    config: Config, recipe: Path, resume: str = "auto", accept_new_data: bool = False, more_follows: bool = False
+    config: Config,
+    recipe: Path,
+    resume: str = "auto",
+    accept_new_data: bool = False,
+    more_follows: bool = False,
+    watch: Watch | None = None,
 ) -> int:
     """Train to the last step, from the newest checkpoint if there is one; the exit code. The summary goes to stdout.
 
@@ -48,7 +62,8 @@ def train(
     """
     secrets.learn(os.environ, str(recipe))
     secrets.KNOWN.learn(config)
-    directory, stop = attempts.run_directory(config), Stop()
+    watch = watch or Watch()
+    directory, stop = attempts.run_directory(config), watch.stop
     progress = Progress(config.schedule.steps)
     with Signals(stop, grace_of_platform(config.preempt.grace_s)) as signals, ExitStack() as stack:
         stack.enter_context(translated(directory, stop))
@@ -60,7 +75,7 @@ def train(
             read, start = _prepared(attempt, config, recipe, resume, accept_new_data, progress.say)
         report = _report(config, read, directory, attempt.number, progress)
         stack.callback(report.close)
-        code = asyncio.run(_train(config, read, report, attempt, signals, start))
+        code = asyncio.run(_train(config, read, report, attempt, signals, start, watch))
         print(report.summary())
         if more_follows and stop.request is not None:
             raise Stopped(RESUBMIT, f"{stop.request.text}: this stage is done; the same command begins the next")
@@ -117,7 +132,7 @@ def _report(config: Config, read: Inputs, directory: Path, attempt: int, progres
 
 
 async def _train(
-    config: Config, read: Inputs, report: Report, attempt: Attempt, signals: Signals, start: _Start
+    config: Config, read: Inputs, report: Report, attempt: Attempt, signals: Signals, start: _Start, watch: Watch
 ) -> int:
     for text in start.told:
         report.event("resume", text)
@@ -125,6 +140,11 @@ async def _train(
     saves.accept, saves.promised = start.accept, saved_before(attempt.directory)
     saves.facts = {**saves.facts, "fingerprint": {k: v for k, v in start.fingerprint.items() if k != "settings"}}
     held: list[Loop] = []
+
+    def evaluated(step: int, result: Evaluation) -> None:
+        report.evaluation(step, result)
+        watch.evaluated(config, step, result.metrics())
+
     watcher = Watcher(config.preempt, stop, drain.draining, report.event, save_s=lambda: needed(saves, held))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(closing(saves, config, stop))
@@ -142,7 +162,7 @@ async def _train(
             fleet.services,
             fleet.learner,
             saves,
-            evaluator(config, read, report.evaluation),
+            evaluator(config, read, evaluated),
             report,
             max_tokens=config.learner.max_tokens,
             success=config.evaluate.success,

@@ -119,19 +119,23 @@ class Staff:
             "attention": self.config.model.attention,
         }
         spawn = scorer_spawner(options, environment(n), lambda i: placement.options(f"{role}-{i}"))
-        return self._crew(role, spawn, scorer.workers, PoolOptions(timeout_s=scorer.timeout_s))
+        return self._crew(role, spawn, scorer.workers, PoolOptions(timeout_s=scorer.timeout_s), placement)
 
     def _writer(self, name: str, teacher: TeacherConfig, placement: Placement, threads: Threads) -> Pool:
         role, n, w = _writer_role(name), teacher.threads or threads.scorer, teacher.writer
         same = ("context", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization")
         options = {**self._folder(name), **{key: getattr(w, key) for key in same}, "threads": n}
         spawn = writer_spawner(w.engine, options, environment(n), lambda i: placement.options(f"{role}-{i}"))
-        return self._crew(role, spawn, teacher.workers, PoolOptions(timeout_s=teacher.timeout_s, probe_s=PROBE_S))
+        options_of_pool = PoolOptions(timeout_s=teacher.timeout_s, probe_s=PROBE_S)
+        return self._crew(role, spawn, teacher.workers, options_of_pool, placement)
 
-    def _crew(self, role: str, spawn: Callable[[int], Any], size: int, options: PoolOptions) -> Pool:
+    def _crew(
+        self, role: str, spawn: Callable[[int], Any], size: int, options: PoolOptions, placement: Placement
+    ) -> Pool:
         return Pool(
-            role, spawn, size, options=options, tell=self.tell, was_draining=self.was_draining, stacks=self.stacks
-        )
+            role, spawn, size, options=options, tell=self.tell, was_draining=self.was_draining, stacks=self.stacks,
+            seated=lambda i: placement.seated(f"{role}-{i}"),
+        )  # fmt: skip
 
     def _folder(self, name: str) -> dict[str, Any]:
         m = self.config.model

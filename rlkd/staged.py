@@ -24,25 +24,38 @@ from rlkd.report.files import replace_file
 INDEX = "stages.json"  # in the run's folder: the stages' folders, in order
 
 
-def train(stages: Sequence[Stage], recipe: Path, resume: str = "auto", accept_new_data: bool = False) -> int:
-    """Run what is left of the stages; the exit code of the last. `resume` and `accept_new_data` as in run.train."""
+def train(
+    stages: Sequence[Stage],
+    recipe: Path,
+    resume: str = "auto",
+    accept_new_data: bool = False,
+    watch: run.Watch | None = None,
+) -> int:
+    """Run what is left of the stages; the exit code of the last. The other arguments as in run.train."""
     if not stages[0].name:
-        return run.train(stages[0].config, recipe, resume, accept_new_data)
+        return run.train(stages[0].config, recipe, resume, accept_new_data, watch=watch)
     root = run_directory(stages[0].config)
     names = [f"{number}-{stage.name}" for number, stage in enumerate(stages, 1)]
     _may_resume(root, resume)
     _check(root, names)
     with held(root, stages[0].config.preempt.lease_s, lambda text: run.say("lease", text), lost):
         _open(root, names)
-        return _all(stages, names, root, recipe, accept_new_data)
+        return _all(stages, names, root, recipe, accept_new_data, watch)
 
 
-def _all(stages: Sequence[Stage], names: Sequence[str], root: Path, recipe: Path, accept_new_data: bool) -> int:
+def _all(
+    stages: Sequence[Stage],
+    names: Sequence[str],
+    root: Path,
+    recipe: Path,
+    accept_new_data: bool,
+    watch: run.Watch | None,
+) -> int:
     code, start = OK, None
     for name, stage in zip(names, stages, strict=True):
         config = placed(stage.config, root, name, start)
         if max(exported.checkpoints(root / name), default=-1) < config.schedule.steps:
-            code = run.train(config, recipe, "auto", accept_new_data, name != names[-1])
+            code = run.train(config, recipe, "auto", accept_new_data, name != names[-1], watch)
         else:
             run.say("stage", f"{name} is done")
         start = exported.newest(root / name)

@@ -31,11 +31,15 @@ MAY_IMPORT = {
     "report": {"core"},
     "config": {"core", "algorithms", "rewards", "train.loop"},
     "doctor": {"core"},
+    "plan": {"core", "config"},
+    "render": {"core", "config"},
+    "sweep": EVERYTHING,  # a trial is a whole run
+    "submit": {"core", "config", "plan", "workers", "report", "teachers", "cli"},
     "root": EVERYTHING,  # the files beside the folders: cli, run and their helpers
 }
 # heavy library -> the layers that may import it
 HEAVY = {
-    "ray": {"workers", "root"},
+    "ray": {"workers", "root", "submit", "sweep"},
     "vllm": {"engines"},
     "deepspeed": {"engines"},
     "omegaconf": {"config"},

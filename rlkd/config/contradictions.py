@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
+from rlkd.config.cluster_rules import cluster
 from rlkd.config.demonstration_rules import demonstrations
 from rlkd.config.finding import Finding, Given
 from rlkd.config.ranges import not_finite, outside, value_at
@@ -184,9 +185,6 @@ def _learner(given: Given) -> Iterator[Finding]:
         what = "learner.offload needs learner.zero_stage 1, 2 or 3; it is 0"
         what += "" if learner.zero_stage == 0 else " on one rank by default"
         yield Finding(("learner.offload", "learner.zero_stage"), what, "learner.zero_stage=2")
-    if given.config.sync.kind == "shm" and given.config.sync.path is not None:
-        what = f"sync.path={given.config.sync.path} is used by sync.kind=disk only, and sync.kind=shm"
-        yield Finding(("sync.path", "sync.kind"), what, "sync.kind=disk, or leave the path out")
 
 
 def _data(given: Given) -> Iterator[Finding]:
@@ -313,6 +311,7 @@ PARTS: tuple[Callable[[Given], Iterator[Finding]], ...] = (
     _algorithm,
     teachers,
     demonstrations,
+    cluster,
     _rewards,
     _batch,
     _curriculum,

@@ -75,6 +75,8 @@ RANGES: Mapping[str, Range] = {
     "curriculum.recent": Range(above=0, at_most=1),
     "curriculum.again": COUNT,
     "sampler.workers": COUNT,
+    "sampler.min_workers": COUNT,
+    "sampler.max_workers": COUNT,
     "sampler.max_tokens": COUNT,
     "sampler.min_tokens": NOT_NEGATIVE,
     "sampler.temperature": POSITIVE,

@@ -70,6 +70,11 @@ class SamplerConfig:
 
     engine: Literal["vllm", "hf"] = "vllm"
     workers: int = 1
+    min_workers: int | None = None  # the run starts with so many, and saves and ends with fewer for
+    # min_workers_timeout_s; None: starts with all of `workers`, goes on while there is one
+    max_workers: int | None = (
+        None  # more are started while the cluster has room, also on nodes that join; None: workers
+    )
     max_tokens: int = 256  # of an answer
     min_tokens: int = 0  # of an answer; the end token is forbidden before (benchmarks)
     temperature: float = 1.0
@@ -83,7 +88,7 @@ class SamplerConfig:
     enforce_eager: bool | None = None  # None: eager on CPU (compiling costs 97 s of start), graphs on GPU
     timeout_s: float = 600.0  # of one group's generation
     stall_s: float = 120.0  # a worker that has work and writes no token for this long is killed and replaced
-    min_workers_timeout_s: float = 600.0  # without any worker; then the run saves and ends
+    min_workers_timeout_s: float = 600.0  # with too few workers (or no node for the learner); then the run ends
     replacements: int = 3  # of one worker in a row without an answer in between, then it is out; all out: the run ends
     replacements_in_10_min: int = 10  # of one worker whatever it answered in between, then it is out
     threads: int | None = None  # None: planned (workers/threads.py)
@@ -182,9 +187,13 @@ class LearnerConfig:
 
 @dataclass(frozen=True)
 class SyncConfig:
-    """How weights reach the rollout workers: shared memory of one machine, or files on a shared disk."""
+    """How weights reach the rollout workers.
 
-    kind: Literal["shm", "disk"] = "shm"
+    auto  those on the learner's node through its shared memory, those elsewhere through Ray's object store
+    ray   all through Ray's object store    shm  everybody on one node    disk  files on a disk that every node sees
+    """
+
+    kind: Literal["auto", "ray", "shm", "disk"] = "auto"
     path: str | None = None  # disk: a directory every node sees; None: the run directory
     timeout_s: float = 300.0
 

@@ -83,6 +83,7 @@ class WeightRef:
     version: int
     where: str  # a directory or file that both sides can read
     digest: str  # of the bytes: what a worker reports back after loading
+    node: str = ""  # Ray's id of the node whose file it is; "": everybody can read it
 
 
 @runtime_checkable

@@ -90,7 +90,7 @@ def memory() -> Check:
 
 
 def shared_memory() -> Check:
-    """/dev/shm holds Ray's object store and, with sync.kind=shm, the weights on their way to the rollout workers."""
+    """/dev/shm holds Ray's object store and, unless sync.kind=disk, the weights on their way to the rollout workers."""
     path = "/dev/shm"
     if not os.path.isdir(path):
         return Check("/dev/shm", "fail", "there is none", "mount a tmpfs there; in a container: --shm-size=8g")

@@ -23,6 +23,7 @@ from rlkd.core import kl
 from rlkd.core.batch import MicroBatch, Shares
 from rlkd.core.errors import PreflightError
 from rlkd.core.faults import fault
+from rlkd.core.peak import GIB, peak_bytes
 from rlkd.core.ports import Algorithm, Knobs, Loss, PolicyOutput
 from rlkd.core.types import TRAINED, Origin
 from rlkd.engines import nonfinite, rng
@@ -115,6 +116,7 @@ class Rank:
         rate, norm = self._step(mine, knobs, bad)
         seconds["optimizer"] = perf_counter() - began
         once = {"grad_norm": norm, "lr": rate, **{f"learn/{k}_s": s for k, s in seconds.items()}}
+        once["memory/learner_peak_gib"] = peak_bytes(self.device.type) / GIB
         if self.options.on_nonfinite == "skip":
             once["nonfinite"] = float(self.counts.nonfinite > 0)
         shares.add({}, {name: torch.tensor(value, dtype=torch.float64) for name, value in once.items()}, 1.0)

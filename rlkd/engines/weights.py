@@ -6,17 +6,21 @@ removed before the first byte of the slot changes and put back, by an atomic ren
 an index there is a whole version. `read` maps the data and looks at the index again when the last tensor has been
 taken, because the publisher may have come round to the same slot in the meantime.
 
+To another machine a version goes in pieces: `contents` and `piece` where it is, `Publisher.land` where it comes
+(workers/carrier.py). There it has the same form.
+
 The digest is blake3 over every name, dtype, shape and byte: any change of the data is found, not only torn writes.
 """
 
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor
@@ -70,6 +74,18 @@ class Publisher:
         except OSError as error:
             raise _unwritable(str(self._directory), error) from error
 
+    def land(
+        self, ref: WeightRef, tensors: Sequence[Mapping[str, Any]], pieces: Iterable[tuple[int, memoryview]]
+    ) -> WeightRef:
+        """Write down a version that was published elsewhere: its `contents`, and its bytes in pieces with their
+        offsets. The same version and digest, here; who loads it checks them. PreflightError as `publish`."""
+        slot = self._slots[self._published % len(self._slots)]
+        self._published += 1
+        try:
+            return slot.land(ref, [_entry(t) for t in tensors], pieces)
+        except OSError as error:
+            raise _unwritable(str(self._directory), error) from error
+
     def close(self) -> None:
         """Remove the files. Readers that still hold a mapping keep their bytes."""
         for slot in self._slots:
@@ -103,6 +119,13 @@ class _Slot:
         # The file is never cut: an unchanged layout keeps its pages, and a mapping never ends up past the end.
         os.fdatasync(self._fd)  # a shared disk shows other nodes only what was synced; costs nothing in shared memory
         return self._commit(version, digest.hexdigest(), entries)
+
+    def land(self, ref: WeightRef, entries: list[_Entry], pieces: Iterable[tuple[int, memoryview]]) -> WeightRef:
+        self.index.unlink(missing_ok=True)
+        for offset, raw in pieces:
+            self._write(raw, offset)
+        os.fdatasync(self._fd)
+        return self._commit(ref.version, ref.digest, entries)
 
     def _write(self, raw: memoryview, offset: int) -> None:
         done = 0
@@ -145,6 +168,24 @@ def read(ref: WeightRef, verify: bool = True) -> Iterator[tuple[str, Tensor]]:
 def verify(ref: WeightRef) -> None:
     """Check all bytes of a version against its digest. Raises InfrastructureError as `read` does."""
     _verify(ref, *_open(ref))
+    _index(ref)
+
+
+def contents(ref: WeightRef) -> tuple[list[dict[str, Any]], int]:
+    """The tensors of a version as its index lists them, and how many bytes they are in all; for `Publisher.land`.
+    InfrastructureError as `read`."""
+    entries, mapped = _open(ref)
+    return [vars(e) for e in entries], len(mapped)
+
+
+def piece(ref: WeightRef, offset: int, size: int) -> np.ndarray:
+    """Up to `size` bytes of a version from `offset` on, as a view: take a copy, then ask `there`."""
+    found: np.ndarray = _open(ref)[1][offset : offset + size].numpy()
+    return found
+
+
+def there(ref: WeightRef) -> None:
+    """InfrastructureError unless the version is still there: what was read of it before was whole."""
     _index(ref)
 
 
@@ -193,7 +234,7 @@ def _index(ref: WeightRef) -> dict[str, Any]:
 
 def _open(ref: WeightRef) -> tuple[list[_Entry], Tensor]:
     index = _index(ref)
-    entries = [_Entry(e["name"], e["dtype"], tuple(e["shape"]), e["offset"], e["size"]) for e in index["tensors"]]
+    entries = [_entry(e) for e in index["tensors"]]
     size = max((e.offset + e.size for e in entries if e.size), default=0)
     data = Path(ref.where).with_name(index["data"])
     try:
@@ -204,6 +245,11 @@ def _open(ref: WeightRef) -> tuple[list[_Entry], Tensor]:
         return entries, torch.from_file(str(data), shared=False, size=size, dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
         raise _unreadable(ref, f"{data.name} cannot be mapped ({error})") from error
+
+
+def _entry(written: Mapping[str, Any]) -> _Entry:
+    shape = tuple(written["shape"])
+    return _Entry(written["name"], written["dtype"], shape, written["offset"], written["size"])
 
 
 def _verify(ref: WeightRef, entries: list[_Entry], mapped: Tensor) -> None:
@@ -229,7 +275,8 @@ def _unreadable(ref: WeightRef, why: str) -> InfrastructureError:
         "RLKD-I601",
         f"weights of version {ref.version} (digest {ref.digest[:12]}) cannot be used: {why}",
         where=ref.where,
-        fix="the worker is replaced and asks for the current version; sync.kind=disk if both are not on one machine",
+        fix="the worker is replaced and asks for the current version; if it is not on the learner's machine: "
+        "sync.kind=auto (over the network), or sync.kind=disk with a path that both see",
     )
 
 

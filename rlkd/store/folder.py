@@ -85,6 +85,10 @@ class Folder:
         pin.unlink(missing_ok=True)
         return was
 
+    def drop(self, step: int) -> bool:
+        """Delete a checkpoint, pinned or not; whether that could be done: else it is told."""
+        return self._delete(self.path(step))
+
     def _mark_pinned(self, step: int) -> None:
         pins = self.directory / names.PINS
         pins.mkdir(exist_ok=True)

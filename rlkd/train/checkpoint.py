@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 
 from rlkd.core.errors import CheckpointError
+from rlkd.core.interval import interval_s
 from rlkd.core.ports import Curriculum, Learner
 from rlkd.core.types import Prompt
 from rlkd.store.store import Found, Store
 from rlkd.train.ledger import Ledger
 
 NEW_DATA = "the data was changed"
-FIRST_SAVE_S = 5.0  # what a save is taken to last before one was measured
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Checkpoints:
 
     @property
     def interval_s(self) -> float:
-        """Seconds between saves that lose the least work: √(2 · save · mean time between failures) (Young, 1974)."""
-        return math.sqrt(2 * (self.save_s or FIRST_SAVE_S) * self.between_failures_s)
+        """Seconds between saves that lose the least work."""
+        return interval_s(self.save_s, self.between_failures_s)
 
     async def restore(
         self, learner: Learner, curriculum: Curriculum, prompt: Callable[[str, int], Prompt], step: int | None = None

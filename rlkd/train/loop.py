@@ -34,11 +34,12 @@ from rlkd.core.errors import (
     Stopped,
     WorkerLost,
 )
+from rlkd.core.interval import FIRST_SAVE_S
 from rlkd.core.ports import Algorithm, Curriculum, Learner, Services
 from rlkd.core.stop import Stop
 from rlkd.core.types import Group, Origin, Prompt
 from rlkd.train.buffer import Buffer, Done
-from rlkd.train.checkpoint import FIRST_SAVE_S, Checkpoints, State
+from rlkd.train.checkpoint import Checkpoints, State
 from rlkd.train.evaluate import Evaluator
 from rlkd.train.guards import Guards
 from rlkd.train.health import Alarm, PassRates
@@ -331,6 +332,7 @@ class Loop:
         state, result = State(self.step, self.last, self.buffer.ledger), self.evaluator.results.get(self.step)
         score = result.estimates[0].value if result is not None and result.estimates else None
         while True:
+            began = time.monotonic()
             try:
                 with self.stages.stage("save", f"step {self.step}"):
                     path = await self.checkpoints.save(state, self.learner, self.curriculum, score)
@@ -342,7 +344,8 @@ class Loop:
             await asyncio.sleep(AGAIN_S)
         self.failed_saves = self.restarts = 0
         if path is not None:
-            self.report.event("checkpoint", f"saved step {self.step}", path=str(path), step=self.step)
+            took = time.monotonic() - began
+            self.report.event("checkpoint", f"saved step {self.step}", path=str(path), step=self.step, seconds=took)
 
     def _save_failed(self, error: OSError | SaveFailed) -> None:
         self.failed_saves += 1

@@ -28,6 +28,7 @@ class Slot:
     state: str = "not started"  # in words, for people who wait
     load: int = 0  # samples or tokens under way
     calls: int = 0
+    homeless: bool = False  # the cluster has no room for it (yet)
     loading: bool = False  # weights: it writes nothing meanwhile
     leaving: bool = False  # its node goes away: it finishes what it has, another slot has its place
     out: str | None = None  # why no more workers are made here

@@ -6,7 +6,6 @@ made here gets no work before `_equip` has given it what the others have.
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
@@ -14,24 +13,28 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from rlkd.core.errors import InfrastructureError, NodesGone, NoWorkers, WorkerLost
+from rlkd.core.errors import NodesGone, NoWorkers, WorkerLost
 from rlkd.workers.ask import Slot, ask
 from rlkd.workers.limits import End, PoolOptions
-from rlkd.workers.losses import Kind, Losses, Progress, kind_of
-from rlkd.workers.vitals import kernel_kills
+from rlkd.workers.losses import Kind, Losses, Progress
+from rlkd.workers.places import Places
 
-log = logging.getLogger("rlkd.workers")
 STACKS_S = 15.0  # for the stacks of a worker that is about to be killed
 
+Seated = Callable[[int], Awaitable[None]]
 Stacks = Callable[[str, Any], Awaitable[str]]  # a worker's name and Place -> where its stacks were written, in words
 
 
-class Crew:
-    """`size` workers, made by `spawn(index)`: handles with remote methods start, where, vitals.
+class Crew(Places):
+    """Up to `size` workers, made by `spawn(index)`: handles with remote methods start, where, vitals.
+
+    `seated(index)` returns when the cluster has room for that one: nothing is made before, and waiting for it is
+    nobody's fault. The first `options.start_with` must be there for the start; the others come when they can.
 
     Everything runs on one event loop. A worker that dies, hangs, or has work and makes no headway is killed and
     replaced; who waits for it gets WorkerLost at once. One that is lost too often is out, and the others go on; when
-    all are out, or none is there for `nobody_s`, every call raises NoWorkers (NodesGone if their nodes went away).
+    all are out, or fewer than `at_least` are there for `nobody_s`, every call raises NoWorkers (NodesGone if their
+    nodes went away).
     """
 
     def __init__(
@@ -44,16 +47,10 @@ class Crew:
         tell: Callable[[str, str], None],
         was_draining: Callable[[str], bool],
         stacks: Stacks | None,
+        seated: Seated | None,
     ) -> None:
-        self._name, self._size, self._spawn, self._kill, self._options = name, size, spawn, kill, options
-        self._tell, self._was_draining, self._stacks = tell, was_draining, stacks
-        self._slots: list[Slot] = []
-        self._leaving: list[Slot] = []
-        self._end: End | None = None
-        self._changed = asyncio.Condition()
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._counts = {"lost": 0, "preempted": 0, "replaced": 0}
-        self._kernel_kills = kernel_kills()
+        super().__init__(name, size, options, kill, tell, was_draining)
+        self._spawn, self._stacks, self._seated = spawn, stacks, seated
 
     async def _equip(self, slot: Slot) -> None:
         """Give a new worker what it needs before it gets work. WorkerLost if it does not take it."""
@@ -61,13 +58,15 @@ class Crew:
     # --- for others
 
     async def start(self) -> None:
-        """Make all workers and wait for them. What a worker's start can explain (an RlkdError) is raised as it is."""
+        """Make all workers and wait for the first. What a worker's start can explain (an RlkdError) is raised as it
+        is."""
         o = self._options
         self._slots = [
             Slot(i, f"{self._name}-{i}", losses=Losses(o.replacements, o.window_s, o.in_window))
             for i in range(self._size)
         ]
-        starting = [asyncio.create_task(self._bring_up(slot), name=f"start {slot.name}") for slot in self._slots]
+        first, later = self._slots[: o.start_with], self._slots[self._size if o.start_with is None else o.start_with :]
+        starting = [asyncio.create_task(self._bring_up(slot), name=f"start {slot.name}") for slot in first]
         try:
             await asyncio.gather(*starting)
             self._check()
@@ -76,6 +75,8 @@ class Crew:
                 task.cancel()
             self.close()
             raise
+        for slot in later:
+            self._background(self._bring_up(slot), f"start {slot.name}")
         every = [s for s in (o.probe_s, o.stall_s and o.stall_s / 4) if s is not None]
         if every:
             self._background(self._look(min(every)), f"look at {self._name}")
@@ -88,6 +89,11 @@ class Crew:
             task.cancel()
         for slot in (*self._slots, *self._leaving):
             self._discard(slot, WorkerLost(self._end.text))
+
+    @property
+    def ready(self) -> int:
+        """Workers that get work now."""
+        return sum(slot.ready for slot in self._slots)
 
     def counts(self) -> dict[str, int]:
         """Workers lost since the start, how many of these with their nodes, and workers replaced."""
@@ -130,6 +136,7 @@ class Crew:
             if pause := slot.losses.pause_s(self._options.backoff_s):
                 slot.state = f"waits {pause:g} s before it is started again"
                 await asyncio.sleep(pause)
+            await self._find_room(slot)
             slot.lost = asyncio.get_running_loop().create_future()
             slot.place = slot.vitals = None
             slot.state, slot.made = "is starting", slot.made + 1
@@ -145,8 +152,30 @@ class Crew:
             slot.progress = Progress(since=time.monotonic())
             slot.ready, slot.state = True, "is ready"
             self._counts["replaced"] += slot.made > 1
+            self._tell_how_many(slot)
             break
         await self._notify()
+
+    async def _find_room(self, slot: Slot) -> None:
+        """Wait for a place on the cluster; said once if that takes long."""
+        if self._seated is None:
+            return
+        slot.state, slot.homeless = "waits for a node with room", True
+        waiting = asyncio.ensure_future(self._seated(slot.index))
+        try:
+            if not (await asyncio.wait({waiting}, timeout=self._options.status_s))[0]:
+                self._tell("workers", f"{slot.name} waits for a node with room; {self.ready} of {self._size} are there")
+            await waiting
+        finally:
+            waiting.cancel()
+        slot.homeless = False
+
+    def _tell_how_many(self, slot: Slot) -> None:
+        """Of one that came later than the start, if the crew's size may change."""
+        late = self._options.start_with is not None and (slot.made > 1 or slot.index >= self._options.start_with)
+        if late and slot.place is not None:
+            where = f"{slot.place.host} ({slot.place.node[:8]})"
+            self._tell("workers", f"{slot.name} has come, on {where}: {self.ready} of {self._size} are there")
 
     # --- looking after
 
@@ -191,90 +220,26 @@ class Crew:
             return f"; its stacks could not be taken within {STACKS_S:g} s"
 
     async def _count_heads(self) -> None:
-        """With no worker at all: say so now and then, and give up after `nobody_s`."""
-        limit, since, told = self._options.nobody_s, None, 0.0
+        """With too few workers: say so now and then, and give up after `nobody_s`."""
+        limit, need, since, told = self._options.nobody_s, self._options.at_least, None, 0.0
         while self._end is None:
             await asyncio.sleep(min(1.0, limit / 10))
             now = time.monotonic()
-            if any(slot.ready for slot in self._slots):
+            if self.ready >= need:
                 since = None
                 continue
             if since is None:
                 since = told = now
-            about = f"no worker for {now - since:.0f} s: {_states(self._slots)}"
+            who = "no worker" if need == 1 else f"{self.ready} of at least {need} workers"
+            about = f"{who} for {now - since:.0f} s: {_states([s for s in self._slots if not s.ready])}"
             if now - since > limit:
-                gone = all(slot.losses.last is Kind.PREEMPT for slot in self._slots)
+                gone = all(s.losses.last is Kind.PREEMPT or s.homeless for s in self._slots if not s.ready)
                 fix = "add nodes, or raise sampler.min_workers_timeout_s; `ray status` shows what the cluster has"
                 self._finish_all(End(f"{self._name}: {about}", "RLKD-I613", fix, NodesGone if gone else NoWorkers))
                 await self._notify()
             elif now - told >= self._options.status_s:
                 told = now
                 self._tell("waiting", f"{self._name}: {about}; giving up after {limit:g} s")
-
-    # --- losing
-
-    def _check(self) -> None:
-        if self._end is not None:
-            raise self._end.error(self._end.code, self._end.text, where=self._name, fix=self._end.fix)
-
-    def _lose(self, slot: Slot, handle: Any, lost: WorkerLost) -> None:
-        """A worker is lost: no more work for it, its callers are told, another one is made. Once per worker."""
-        if handle is None or slot.handle is not handle:
-            return
-        self._discard(slot, lost)
-        if slot.leaving:
-            return
-        self._charge(slot, lost)
-        if self._end is None and slot.out is None:
-            self._background(self._bring_up(slot), f"replace {slot.name}")
-        else:
-            self._background(self._notify(), f"end of {slot.name}")
-
-    def _discard(self, slot: Slot, lost: WorkerLost) -> None:
-        handle, slot.handle, slot.ready = slot.handle, None, False
-        slot.state = "is lost"
-        if not slot.lost.done():
-            slot.lost.set_exception(WorkerLost(str(lost)))
-            slot.lost.exception()  # it is looked at by those who wait, if any do
-        if handle is not None:
-            self._kill(handle)
-
-    def _charge(self, slot: Slot, lost: WorkerLost) -> None:
-        kind = kind_of(lost, slot.place is not None and self._was_draining(slot.place.node), self._memory_full(slot))
-        self._counts["lost"] += 1
-        self._counts["preempted"] += kind is Kind.PREEMPT
-        verdict = slot.losses.charge(kind, time.monotonic())
-        why = f"{lost}" + ("" if slot.vitals is None or kind is not Kind.MEMORY else f" ({slot.vitals.memory})")
-        log.warning("lost %s (%s, %d in a row): %s", slot.name, kind, slot.losses.in_a_row, why)
-        if slot.losses.out_of_memory:
-            self._finish_all(
-                End(
-                    f"{slot.name} ran out of memory twice in a row; the last time: {why}",
-                    "RLKD-I612",
-                    "lower sampler.max_num_seqs or sampler.kv_cache_gib (on GPU sampler.gpu_memory_utilization), or "
-                    "take a machine with more memory",
-                )
-            )
-        elif verdict is not None:
-            self._take_out(slot, verdict, why)
-
-    def _take_out(self, slot: Slot, verdict: str, why: str) -> None:
-        slot.out = slot.state = f"is out: {verdict}"
-        left = sum(s.out is None for s in self._slots)
-        if not left:
-            self._finish_all(End(f"{slot.name} was {verdict}; the last time: {why}"))
-        else:
-            text = f"{slot.name} was {verdict} and is not replaced any more; {left} of {self._size} go on: {why}"
-            self._tell("quarantine", text)
-
-    def _memory_full(self, slot: Slot) -> bool:
-        """Whether the kernel has killed for memory since the last loss, or there was next to none left."""
-        before, self._kernel_kills = self._kernel_kills, kernel_kills()
-        killed = before is not None and self._kernel_kills is not None and self._kernel_kills > before
-        return killed or (slot.vitals is not None and slot.vitals.memory.nearly_full)
-
-    def _finish_all(self, end: End) -> None:
-        self._end = self._end or end
 
     async def _finish(self, slot: Slot, left_s: float | None) -> None:
         """End a worker that leaves: when it has nothing left to do, or its time is up."""
@@ -288,24 +253,6 @@ class Crew:
                 text = f"its node goes away, and {slot.calls} calls did not end in time"
         self._discard(slot, WorkerLost(f"{slot.name}: {text}"))
         self._leaving.remove(slot)
-
-    # --- tasks
-
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
-
-    def _background(self, work: Any, name: str) -> None:
-        task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: "asyncio.Task[Any]") -> None:
-        """An error in a background task (a bug, or a worker's RlkdError at start) must reach whoever calls next."""
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._end = End(f"{task.get_name()} failed: {error}", error=InfrastructureError)
-            self._background(self._notify(), f"end of {self._name}")
 
 
 def _states(slots: Sequence[Slot]) -> str:

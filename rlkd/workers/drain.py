@@ -1,4 +1,5 @@
-"""What Ray says of nodes that are about to be taken away. The only place that asks Ray's private state for it.
+"""What Ray says of nodes that are about to be taken away, and what is free on each. The only place that asks Ray's
+private state.
 
 Ray's autoscaler, KubeRay, a SIGTERM to `ray start --block` and `ray drain-node` all put a node into this set. Nothing
 public tells of it: `ray.nodes()` shows a draining node as any other. A contract test (tests/stack/test_drain.py) holds
@@ -16,6 +17,12 @@ def draining() -> dict[str, float]:
     """Nodes (hex ids) that are being drained, each with the Unix time in ms when it will be gone; 0: not known."""
     found: Mapping[str, int] = ray._private.state.state.get_draining_nodes()
     return {node: float(deadline_ms) for node, deadline_ms in found.items()}
+
+
+def free() -> dict[str, dict[str, float]]:
+    """What every living node has left, by its id. It may be a moment old."""
+    found: Mapping[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
+    return {node: dict(resources) for node, resources in found.items()}
 
 
 def own_node() -> str:

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rlkd.core.errors import LearnerLost, RlkdError, SaveFailed, WorkerLost
 from rlkd.core.ports import Algorithm, Knobs, WeightRef
 from rlkd.workers import stacks
 from rlkd.workers.ask import call
+from rlkd.workers.network import talk_over
 
 ENGINE = "rlkd.engines.deepspeed"
 START_S = 600.0  # to load the model and meet
@@ -49,6 +51,7 @@ class LearnerRank:
         from torch.distributed import TCPStore
 
         stacks.listen()
+        talk_over(ray.util.get_node_ip_address(), os.environ)
         engine = importlib.import_module(ENGINE)
         model = importlib.import_module("rlkd.engines.model").ModelOptions(**options["model"])
         made = engine.RankOptions(**{**options, "model": model})
@@ -70,7 +73,7 @@ class LearnerRank:
                 continue
             return None
         ref: WeightRef = self._publisher.publish(version, self._engine.weights())
-        return ref
+        return replace(ref, node=ray.get_runtime_context().get_node_id())
 
     def save(self, path: str) -> dict[str, str]:
         """Write this rank's part; digests of its components."""
@@ -115,10 +118,12 @@ class LearnerGroup:
         algorithm: Algorithm,
         deliver: Callable[[WeightRef], Awaitable[None]],
         end: Callable[[Any], None] = ray.kill,
+        seated: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`spawn(rank)` makes an actor of LearnerRank, `end` kills one; `deliver` gives weights to every sampler."""
+        """`spawn(rank)` makes an actor of LearnerRank, `end` kills one; `deliver` gives weights to every sampler.
+        `seated` returns when there is a place for every rank, and is asked before they are made."""
         self._ranks, self._spawn, self._options, self._algorithm = ranks, spawn, options, algorithm
-        self._deliver, self._end = deliver, end
+        self._deliver, self._end, self._seated = deliver, end, seated
         self._actors: list[Any] = []
         self._places: list[dict[str, Any]] = []
 
@@ -129,6 +134,8 @@ class LearnerGroup:
     async def start(self) -> None:
         """New ranks, as at the very start: nothing is left of others that there were."""
         self.kill()
+        if self._seated is not None:
+            await self._seated()
         self._actors = [self._spawn(rank) for rank in range(self._ranks)]
         self._places = await self._all("place", START_S, *[()] * self._ranks)
         store = await self._one(0, "open_store", START_S)

@@ -19,7 +19,9 @@ class PoolOptions:
     window_s: float = 600.0
     in_window: int = 10  # replacements of one worker within the window, whatever it answered in between
     backoff_s: float = 1.0  # before the second replacement in a row; doubles from then on
-    nobody_s: float = 600.0  # without any worker, then the run ends
+    nobody_s: float = 600.0  # with fewer workers than `at_least`, then the run ends
+    at_least: int = 1
+    start_with: int | None = None  # so many must be there for the start; None: all
     status_s: float = 10.0  # between lines about that
 
 

@@ -1,13 +1,23 @@
-"""Which resources a run asks of the Ray cluster, and where its actors go."""
+"""Which resources a run asks of the Ray cluster, and where its actors go.
+
+    learner ranks                 one placement group, packed; on nodes that stay, where the cluster has such (nodes.py)
+    everybody who can be replaced a group each, away from the nodes that stay; Ray takes the emptiest node
+
+A group of one's own is a seat that may be waited for and left: a worker moves when its node goes away, and more come
+when a node joins.
+"""
 
 import asyncio
-from collections.abc import Mapping
+import logging
+import math
+import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from ray.util.placement_group import (
     PlacementGroup,
+    get_current_placement_group,
     placement_group,
     placement_group_table,
     remove_placement_group,
@@ -15,8 +25,14 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlkd.core.errors import PreflightError
+from rlkd.workers import drain
+from rlkd.workers.nodes import STABLE, Node, alive
 
+log = logging.getLogger("rlkd.workers")
 CPU_SHARE = 0.1  # without GPUs the roles take turns on the same cores; workers/threads.py divides the real threads
+A_LITTLE = 0.001  # of the resource that marks a node: enough for a thousand ranks on one
+NODE = "ray.io/node-id"  # Ray labels every node with it
+LOOK_S, SOON_S = 2.0, 0.1  # between two looks for a place; while the run starts
 
 
 @dataclass(frozen=True)
@@ -26,17 +42,23 @@ class Bundle:
     role: str  # learner-0, rollout-1, reward-0, reference-0, …
     resources: Mapping[str, float]
 
+    @property
+    def learner(self) -> bool:
+        return self.role.startswith("learner-")
+
 
 def bundles(
     learner_ranks: int, rollout_workers: int, tensor_parallel: int, reward_workers: int, scorers: Mapping[str, int],
-    gpu: bool, share_gpus: bool = False,
+    gpu: bool, share_gpus: bool = False, stable: bool = False,
 ) -> list[Bundle]:  # fmt: skip
-    """One bundle per actor, the learner first. With `share_gpus` sampler, learner and scorers use the same GPUs."""
+    """One bundle per actor, the learner first. With `share_gpus` sampler, learner and scorers use the same GPUs; with
+    `stable` the learner asks for nodes that stay."""
 
     def device(gpus: float, share: float) -> dict[str, float]:
         return {"CPU": 1.0, "GPU": share if share_gpus else gpus} if gpu else {"CPU": CPU_SHARE}
 
-    counts = [(f"learner-{i}", device(1.0, 0.5)) for i in range(learner_ranks)]
+    stays = {STABLE: A_LITTLE} if stable else {}
+    counts = [(f"learner-{i}", {**device(1.0, 0.5), **stays}) for i in range(learner_ranks)]
     counts += [(f"rollout-{i}", device(float(tensor_parallel), 0.4)) for i in range(rollout_workers)]
     counts += [(f"{name}-{i}", device(1.0, 0.1)) for name, n in scorers.items() for i in range(n)]
     counts += [(f"reward-{i}", {"CPU": 1.0 if gpu else CPU_SHARE}) for i in range(reward_workers)]
@@ -44,66 +66,208 @@ def bundles(
 
 
 @dataclass(frozen=True)
-class Placement:
-    """A placement group with one bundle per role."""
+class Seat:
+    """Room for one actor: a bundle of a placement group."""
 
+    bundle: Bundle
     group: PlacementGroup
-    bundles: tuple[Bundle, ...]
-    leaving: set[str] = field(default_factory=set)  # nodes that go away
+    index: int = 0
+    alone: bool = False  # in a group of its own: it may be given up for another one
+    labels: Mapping[str, str] = field(default_factory=dict)  # which nodes may have it
+
+    @classmethod
+    def alone_for(cls, bundle: Bundle, labels: Mapping[str, str]) -> "Seat":
+        """Asks Ray for it; it is there later, or never."""
+        return cls(bundle, _group([bundle], "PACK", labels), alone=True, labels=labels)
+
+    @property
+    def table(self) -> dict[str, Any]:
+        return placement_group_table(self.group)
+
+    @property
+    def placed(self) -> bool:
+        return bool(self.table.get("state") == "CREATED")
+
+    @property
+    def node(self) -> str | None:
+        """Where it is; None while it is nowhere."""
+        found: str | None = self.table.get("bundles_to_node_id", {}).get(self.index)
+        return found or None
+
+
+@dataclass
+class Placement:
+    """A seat for each role."""
+
+    seats: dict[str, Seat]
+    given: bool = False  # by who started this process (Ray Tune: a trial's own group), and not to be released here
+    leaving: set[str] = field(default_factory=set, init=False)  # nodes that go away
+    _left: list[tuple[Seat, str]] = field(default_factory=list, init=False)  # given up, where actors may still end
+
+    @property
+    def cores(self) -> int | None:
+        """Cores that this run may use on all its nodes together; None: whatever the nodes have."""
+        if not self.given:
+            return None
+        return max(1, math.floor(sum(s.bundle.resources.get("CPU", 0.0) for s in self.seats.values()) + 1e-6))
 
     def options(self, role: str) -> dict[str, Any]:
-        """Ray actor options that put `role` into its bundle. While the bundle is on a node that goes away: anywhere,
-        which is where Ray finds room on another node (it places nothing on a node that drains)."""
-        index = next(i for i, b in enumerate(self.bundles) if b.role == role)
-        resources = self.bundles[index].resources
+        """Ray actor options that put `role` into its seat. One on a node that goes away is given up for another; if it
+        is not alone in its group: anywhere, which is where Ray finds room (never on a node that drains)."""
+        seat = self._current(role)
+        bundle = PlacementGroupSchedulingStrategy(seat.group, placement_group_bundle_index=seat.index)
         return {
-            "num_cpus": resources["CPU"],
-            "num_gpus": resources.get("GPU", 0),
+            "num_cpus": seat.bundle.resources["CPU"],
+            "num_gpus": seat.bundle.resources.get("GPU", 0),
             "max_restarts": 0,  # Ray would restart an actor with its first weights; supervision is ours
-            "scheduling_strategy": "DEFAULT" if self._leaves(index) else self._bundle(index),
+            "scheduling_strategy": "DEFAULT" if self._leaves(seat) else bundle,
         }
 
-    def _bundle(self, index: int) -> PlacementGroupSchedulingStrategy:
-        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index)
+    async def seated(self, role: str) -> None:
+        """Returns when Ray has found room for `role`, however long that takes."""
+        while not await self._is_seated(role):
+            await asyncio.sleep(LOOK_S)
 
-    def _leaves(self, index: int) -> bool:
-        if not self.leaving:
+    async def _is_seated(self, role: str) -> bool:
+        try:
+            seat = self._current(role)
+            return await asyncio.to_thread(lambda: seat.placed)
+        except Exception as error:  # Ray's head restarts, the network is gone: the place may still come
+            log.warning("Ray does not say where %s is: %s: %s", role, type(error).__name__, error)
             return False
-        return placement_group_table(self.group)["bundles_to_node_id"].get(index) in self.leaving
+
+    def _current(self, role: str) -> Seat:
+        seat = self.seats[role]
+        if seat.alone and self._leaves(seat):
+            self._left.append((seat, str(seat.node)))
+            seat = self.seats[role] = Seat.alone_for(seat.bundle, seat.labels)
+        return seat
+
+    def _leaves(self, seat: Seat) -> bool:
+        return bool(self.leaving) and seat.node in self.leaving
 
     def leave(self, node: str) -> None:
         """From now on put nobody on this node."""
         self.leaving.add(node)
 
+    def tidy(self, nodes: Collection[str]) -> None:
+        """Give back the seats that were given up and whose node is no longer among `nodes`: Ray would look for another
+        place for them."""
+        gone = [one for one in self._left if one[1] not in nodes]
+        self._left = [one for one in self._left if one[1] in nodes]
+        for seat, _ in gone:
+            remove_placement_group(seat.group)
+
+    def where(self) -> dict[str, str]:
+        """The node of each role that has a place."""
+        found = ((role, seat.node) for role, seat in self.seats.items())
+        return {role: node for role, node in found if node is not None}
+
     def release(self) -> None:
-        remove_placement_group(self.group)
+        """Give back everything, except a group that is somebody else's."""
+        if not self.given:
+            for seat in {s.group.id: s for s in (*self.seats.values(), *(s for s, _ in self._left))}.values():
+                remove_placement_group(seat.group)
 
 
-async def reserve(wanted: list[Bundle], wait_s: float) -> Placement:
-    """Reserve all bundles at once, or raise PreflightError that says what is missing after at most `wait_s` seconds."""
-    group = placement_group([dict(b.resources) for b in wanted], strategy="PACK")
+async def reserve(
+    wanted: Sequence[Bundle], wait_s: float, more: Sequence[Bundle] = (), together: bool = False
+) -> Placement:
+    """Room for all of `wanted`, or PreflightError that says what is missing after at most `wait_s` seconds; and seats
+    for `more`, which may come later or never. `together`: on one node, for shared memory.
+
+    A process that was itself put into a placement group (a trial of a sweep) has its room there already.
+    """
+    if (own := get_current_placement_group()) is not None:
+        roles = enumerate(seated(wanted, own.bundle_specs))
+        return Placement({b.role or f"free-{index}": Seat(b, own, index) for index, b in roles}, given=True)
+    until, placement, nodes = time.monotonic() + wait_s, Placement({}), alive()
     try:
-        await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), wait_s)
-    except TimeoutError:
-        remove_placement_group(group)
-        raise PreflightError(
-            "RLKD-E020",
-            f"the cluster cannot place this run: {_missing(wanted)}",
-            where="ray",
-            fix="ask for fewer workers or ranks, or add nodes; `ray status` shows what is in use",
-        ) from None
-    return Placement(group, tuple(wanted))
+        if learner := [b for b in wanted if b.learner]:
+            group = _group(learner, "STRICT_PACK" if together else "PACK")
+            placement.seats |= {b.role: Seat(b, group, i) for i, b in enumerate(learner)}
+            if together:
+                await _placed(placement, wanted, until, wait_s)
+        place = {NODE: str(placement.seats[learner[0].role].node)} if together and learner else None
+        others = {b.role: (b, _elsewhere(b, nodes) if place is None else place) for b in (*wanted, *more)
+                  if not b.learner}  # fmt: skip
+        placement.seats |= {b.role: Seat.alone_for(*others[b.role]) for b in wanted if not b.learner}
+        await _placed(placement, wanted, until, wait_s)
+        placement.seats |= {b.role: Seat.alone_for(*others[b.role]) for b in more}
+    except BaseException:
+        placement.release()
+        raise
+    return placement
 
 
-def _missing(wanted: list[Bundle]) -> str:
-    """What the run needs beside what is free now, and the largest node."""
-    free = ray.available_resources()
-    parts = []
-    for kind in ("CPU", "GPU"):
-        need = sum(b.resources.get(kind, 0.0) for b in wanted)
-        if need:
-            nodes = [n["Resources"].get(kind, 0.0) for n in ray.nodes() if n["Alive"]]
-            parts.append(
-                f"{need:g} {kind} needed, {free.get(kind, 0.0):g} free, largest node has {max(nodes, default=0):g}"
+def _group(wanted: Sequence[Bundle], strategy: str, labels: Mapping[str, str] | None = None) -> PlacementGroup:
+    selectors = [dict(labels)] * len(wanted) if labels else None
+    return placement_group([dict(b.resources) for b in wanted], strategy=strategy, bundle_label_selector=selectors)
+
+
+def _elsewhere(bundle: Bundle, nodes: Sequence[Node]) -> dict[str, str]:
+    """Labels that keep it off the nodes that stay, if another node is large enough for it."""
+    stay = [n.id for n in nodes if n.stable]
+    if not stay or not any(_fits(bundle.resources, n.total) for n in nodes if not n.stable):
+        return {}
+    return {NODE: f"!in({', '.join(stay)})"}
+
+
+async def _placed(placement: Placement, wanted: Sequence[Bundle], until: float, wait_s: float) -> None:
+    """Wait for all seats that were asked for; PreflightError when the time is up."""
+    while missing := await asyncio.to_thread(lambda: [s.bundle for s in placement.seats.values() if not s.placed]):
+        if time.monotonic() > until:
+            raise PreflightError(
+                "RLKD-E020",
+                f"the cluster cannot place this run within {wait_s:g} s: {_missing(missing, wanted)}",
+                where="ray",
+                fix="ask for fewer workers or ranks (sampler.min_workers: begin with fewer), or add nodes; "
+                "`ray status` shows what is in use",
             )
-    return "; ".join(parts)
+        await asyncio.sleep(SOON_S)
+
+
+def seated(wanted: Sequence[Bundle], specs: Sequence[Mapping[str, float]]) -> tuple[Bundle, ...]:
+    """The roles in the bundles of a group that somebody else made, which may hold more; the first, in which this
+    process is, stays its own. PreflightError if one has no room."""
+    seats = [Bundle("", spec) for spec in specs]
+    for bundle in wanted:
+        free = [i for i, seat in enumerate(seats) if i and not seat.role and _fits(bundle.resources, seat.resources)]
+        if not free:
+            raise PreflightError(
+                "RLKD-E023",
+                f"{bundle.role} needs {_in_words(bundle.resources)}, and this trial's placement group has no such place"
+                f" left: {'; '.join(_in_words(spec) for spec in specs)}",
+                where="ray",
+                fix="let rlkd.tune.trainable say the resources: no tune.with_resources around it",
+            )
+        index = min(free, key=lambda i: [seats[i].resources.get(kind, 0.0) for kind in (STABLE, "GPU", "CPU")])
+        seats[index] = Bundle(bundle.role, bundle.resources)
+    return tuple(seats)
+
+
+def _fits(wanted: Mapping[str, float], room: Mapping[str, float]) -> bool:
+    return all(room.get(kind, 0.0) >= amount - 1e-6 for kind, amount in wanted.items())
+
+
+def _in_words(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items() if kind != STABLE)
+
+
+def _missing(missing: Sequence[Bundle], wanted: Sequence[Bundle]) -> str:
+    """Who has no place, what the run needs, and what each node has left."""
+    nodes, free = alive(), drain.free()
+    kinds = [kind for kind in ("CPU", "GPU") if any(kind in b.resources for b in wanted)]
+    need = "; ".join(f"{sum(b.resources.get(k, 0.0) for b in wanted):g} {k} needed" for k in kinds)
+    rows = [
+        f"{node.name} has "
+        + ", ".join(f"{free.get(node.id, {}).get(k, 0.0):g} of {node.total.get(k, 0.0):g} {k}" for k in kinds)
+        for node in sorted(nodes, key=lambda n: n.id)[:8]
+    ]
+    more = f", and {len(nodes) - 8} more nodes" if len(nodes) > 8 else ""
+    who = [
+        f"{b.role} ({_in_words(b.resources)}{', on a stable node' if STABLE in b.resources else ''})"
+        for b in missing[:3]
+    ]
+    rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return f"{need}; no room for {', '.join(who)}{rest}; free now: {'; '.join(rows)}{more}"

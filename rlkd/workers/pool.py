@@ -4,7 +4,7 @@ crew.py; a replacement gets no work before it has reported the version and diges
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,15 @@ from jaxtyping import Float32, Int32
 from ray.exceptions import RayTaskError
 
 from rlkd.core.errors import InfrastructureError, RlkdError, WorkerLost
+from rlkd.core.peak import GIB
 from rlkd.core.ports import Completion, Sampling, WeightRef
 from rlkd.core.types import TopK
 from rlkd.workers.ask import Slot, ask
-from rlkd.workers.crew import Crew, Stacks
+from rlkd.workers.crew import Crew, Seated, Stacks
 from rlkd.workers.limits import PoolOptions
 from rlkd.workers.rollout import Reading
 
+Bring = Callable[[WeightRef, str], Awaitable[WeightRef]]
 __all__ = ["Pool", "PoolOptions"]
 
 
@@ -28,7 +30,8 @@ class Pool(Crew):
 
     All calls must come from one event loop. A worker that dies, is stuck or reports other weights than it should is
     killed and replaced; its callers get WorkerLost at once. `was_draining(node)` says whether a node is known to go
-    away: what is lost there is nobody's fault. `stacks` takes those of a stuck worker before it is killed.
+    away: what is lost there is nobody's fault. `stacks` takes those of a stuck worker before it is killed. `bring`
+    gives what a worker on that node can load, where it cannot read what the learner published (workers/carrier.py).
     """
 
     def __init__(
@@ -42,8 +45,11 @@ class Pool(Crew):
         tell: Callable[[str, str], None] = lambda *_: None,
         was_draining: Callable[[str], bool] = lambda _: False,
         stacks: Stacks | None = None,
+        seated: Seated | None = None,
+        bring: Bring | None = None,
     ) -> None:
-        super().__init__(name, spawn, size, options or PoolOptions(), kill, tell, was_draining, stacks)
+        super().__init__(name, spawn, size, options or PoolOptions(), kill, tell, was_draining, stacks, seated)
+        self._bring = bring
         self.sampling = sampling  # what generate uses when it is not told
         self.version: int | None = None  # that every worker has acknowledged
         self._ref: WeightRef | None = None
@@ -99,6 +105,11 @@ class Pool(Crew):
                 raise error
         return {slot.name: reading for slot, reading in zip(asked, found, strict=True) if isinstance(reading, Reading)}
 
+    def metrics(self) -> dict[str, float]:
+        """The most memory that any of its workers ever held, in GiB, as far as they have said."""
+        known = [s.vitals.memory.peak for s in self._slots if s.vitals is not None and s.vitals.memory.peak]
+        return {f"memory/{self._name}_peak_gib": max(known) / GIB} if known else {}
+
     # --- weights
 
     async def deliver(self, ref: WeightRef) -> None:
@@ -127,8 +138,10 @@ class Pool(Crew):
     async def _hand_over(self, slot: Slot, ref: WeightRef) -> None:
         """Weights to a worker, and its word that it uses them."""
         what = f"load(version {ref.version})"
-        loaded = await ask(slot, slot.handle, what, self._options.sync_s, "load", ref)
-        version, digest, _ = await ask(slot, slot.handle, "status()", self._options.sync_s, "status")
+        there = ref if self._bring is None or slot.place is None else await self._bring(ref, slot.place.node)
+        loaded = await ask(slot, slot.handle, what, self._options.sync_s, "load", there)
+        slot.vitals = now = await ask(slot, slot.handle, "vitals()", self._options.sync_s, "vitals")
+        version, digest = now.version, now.digest
         if not (loaded == digest == ref.digest and version == ref.version):
             raise WorkerLost(
                 f"{slot.name}.{what}: it reports version {version} (digest {digest[:12]}), "

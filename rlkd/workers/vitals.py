@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import ray
 
+from rlkd.core.peak import peak_bytes
+
 _CGROUPS = (  # the process's own limit, where a container sets one: version 2, version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -26,11 +28,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: of this process, in use on the machine (or in the container), and how many there are."""
+    """Bytes: of this process, in use on the machine (or in the container), and how many there are; and the most that
+    this process ever held."""
 
     own: int
     used: int
     limit: int
+    peak: int = 0
 
     @property
     def nearly_full(self) -> bool:
@@ -66,7 +70,7 @@ def memory() -> Memory:
         most, now = _number(limit_path), _number(used_path)
         if most is not None and now is not None and most < limit:
             used, limit = now, most
-    return Memory(psutil.Process().memory_info().rss, used, limit)
+    return Memory(psutil.Process().memory_info().rss, used, limit, peak_bytes())
 
 
 def kernel_kills() -> int | None:

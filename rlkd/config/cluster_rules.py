@@ -1,0 +1,18 @@
+"""What of the settings about several nodes contradicts itself."""
+
+from collections.abc import Iterator
+
+from rlkd.config.finding import Finding, Given
+
+
+def cluster(given: Given) -> Iterator[Finding]:
+    sampler, sync = given.config.sampler, given.config.sync
+    if sync.kind != "disk" and sync.path is not None:
+        what = f"sync.path={sync.path} is used by sync.kind=disk only, and sync.kind={sync.kind}"
+        yield Finding(("sync.path", "sync.kind"), what, "sync.kind=disk, or leave the path out")
+    if sampler.min_workers is not None and sampler.min_workers > sampler.workers:
+        what = f"sampler.min_workers={sampler.min_workers} is more than sampler.workers={sampler.workers}"
+        yield Finding(("sampler.min_workers", "sampler.workers"), what, f"at most {sampler.workers}, or more workers")
+    if sampler.max_workers is not None and sampler.max_workers < sampler.workers:
+        what = f"sampler.max_workers={sampler.max_workers} is less than sampler.workers={sampler.workers}"
+        yield Finding(("sampler.max_workers", "sampler.workers"), what, f"at least {sampler.workers}, or fewer workers")

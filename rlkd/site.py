@@ -1,0 +1,138 @@
+"""Where a run's actors are on the cluster: room for them, what their nodes must share, how weights get there."""
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlkd.config.schema import Config
+from rlkd.core.errors import NodesGone, PreflightError
+from rlkd.workers import drain
+from rlkd.workers.carrier import Carrier, porters
+from rlkd.workers.nodes import alive, in_words, watched
+from rlkd.workers.placement import Placement, bundles, reserve
+from rlkd.workers.survey import survey
+from rlkd.workers.threads import environment
+
+Tell = Callable[..., None]
+SHARED_MEMORY = Path("/dev/shm")
+SAY_S = 10.0  # between lines about a node that the learner waits for
+
+
+@dataclass
+class Site:
+    """Of one run, in `directory`."""
+
+    config: Config
+    directory: Path
+    tell: Tell
+    placement: Placement
+    carrier: Carrier | None = None  # None: every worker reads what the learner wrote
+    _checked: set[tuple[str, Path | None]] = field(default_factory=set, init=False)
+
+    @property
+    def samplers(self) -> int:
+        """Rollout workers at most."""
+        return sum(role.startswith("rollout-") for role in self.placement.seats)
+
+    @property
+    def cores(self) -> int:
+        """For which threads are planned: those of the smallest node, for that is the worst."""
+        if self.placement.cores is not None:
+            return self.placement.cores
+        cpus = [node.total.get("CPU", 0.0) for node in alive()]
+        return max(1, math.floor(min(c for c in cpus if c > 0)))
+
+    async def check(self) -> None:
+        """Nodes not looked at yet have the driver's packages, those of the learner also the run's folder, or
+        PreflightError."""
+        where, own, sync = await asyncio.to_thread(self.placement.where), drain.own_node(), self.config.sync
+        folders: dict[str, Path | None] = dict.fromkeys(where.values())
+        if sync.kind == "disk":
+            folders |= {node: self.published for role, node in where.items() if role.startswith("rollout-")}
+        folders |= {node: self.directory for role, node in where.items() if role.startswith("learner-")}
+        new = {node: folder for node, folder in folders.items() if (node, folder) not in self._checked}
+        await survey(new, own)
+        self._checked |= set(new.items())
+
+    async def seated(self, role: str) -> None:
+        """Returns when there is room for `role`. Of a node that joined with other packages it warns."""
+        await self.placement.seated(role)
+        try:
+            await self.check()
+        except PreflightError as error:
+            self.tell("warning", str(error))
+
+    async def learner_seated(self) -> None:
+        """Returns when there is room for every rank, on nodes that share the run's folder. NodesGone if there is none
+        for `sampler.min_workers_timeout_s`."""
+        limit = self.config.sampler.min_workers_timeout_s
+        waiting = asyncio.ensure_future(self.placement.seated("learner-0"))
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            while not (await asyncio.wait({waiting}, timeout=SAY_S))[0]:
+                waited = loop.time() - began
+                self.tell("waiting", f"the learner: no node with room for {waited:.0f} s; giving up after {limit:g} s")
+                if waited > limit:
+                    fix = "add nodes (with the resource `stable`, if the cluster uses it); the same command continues"
+                    raise NodesGone("RLKD-I614", f"no node for the learner for {waited:.0f} s", "ray", fix)
+            await waiting
+        finally:
+            waiting.cancel()
+        await self.check()
+
+    @property
+    def published(self) -> Path:
+        """Where the learner writes weights down: shared memory, or a directory every node sees."""
+        sync = self.config.sync
+        if sync.kind == "disk":
+            return Path(sync.path) if sync.path else self.directory / "weights"
+        if not SHARED_MEMORY.is_dir():
+            fix = "set sync.kind=disk"
+            raise PreflightError("RLKD-E022", f"there is no {SHARED_MEMORY}", where="sync.kind", fix=fix)
+        place = hashlib.blake2b(str(self.directory.resolve()).encode(), digest_size=6).hexdigest()
+        return SHARED_MEMORY / f"rlkd-{self.config.name}-{place}"  # the same after a kill: leavings are removed then
+
+
+async def settled(
+    config: Config, directory: Path, tell: Tell, stack: AsyncExitStack, ranks: int, samplers: bool, verifiers: int,
+    scorers: Mapping[str, int], gpu: bool,
+) -> Site:  # fmt: skip
+    """Room for everybody, or PreflightError; given back with `stack`. Says who is where, if there are several nodes."""
+    s, nodes = config.sampler, await asyncio.to_thread(alive)
+    least = s.workers if s.min_workers is None else s.min_workers
+    most = s.workers if s.max_workers is None else s.max_workers
+    every = bundles(
+        ranks, most if samplers else 0, s.tensor_parallel, verifiers, scorers, gpu, config.ray.share_gpus,
+        stable=any(node.stable for node in nodes),
+    )  # fmt: skip
+    later = {f"rollout-{i}" for i in range(least, most)}
+    wanted, more = [b for b in every if b.role not in later], [b for b in every if b.role in later]
+    together = config.sync.kind == "shm" and ranks > 0
+    site = Site(config, directory, tell, await reserve(wanted, config.ray.wait_s, more, together))
+    stack.callback(site.placement.release)
+    if ranks and samplers and config.sync.kind in ("auto", "ray"):
+        folder = f"{site.published}-copy"
+        site.carrier = Carrier(porters(folder, environment(1)), config.sync.timeout_s, config.sync.kind == "ray")
+        stack.push_async_callback(site.carrier.close)
+    await _look_around(site, stack)
+    return site
+
+
+async def _look_around(site: Site, stack: AsyncExitStack) -> None:
+    """Who is where, if there is a choice; from then on, which nodes come and go."""
+    where, nodes = await asyncio.to_thread(site.placement.where), await asyncio.to_thread(alive)
+    if len(nodes) > 1:
+        site.tell("placement", in_words({"the driver": drain.own_node(), **where}, nodes))
+    await site.check()
+    task = asyncio.create_task(watched(site.tell, site.placement.tidy), name="watch of the nodes")
+
+    async def ended() -> None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    stack.push_async_callback(ended)

@@ -1,0 +1,80 @@
+"""What one trial takes of the cluster: its own process and all actors of its run, in one placement group.
+
+All of it or nothing: two trials that each hold half of what they need, and wait for the other half, cannot be.
+"""
+
+import math
+from collections.abc import Sequence
+
+import ray
+from ray.tune import PlacementGroupFactory
+
+from rlkd.config.schema import Config
+from rlkd.config.stages import Stage
+from rlkd.teachers import scorers, writers
+from rlkd.workers.nodes import STABLE, alive
+from rlkd.workers.placement import A_LITTLE, CPU_SHARE, Bundle, bundles
+
+Resources = dict[str, float]
+
+
+def group(stages: Sequence[Stage], at_once: int | None) -> PlacementGroupFactory:
+    """The trial's own process first, then every actor of the stage that needs most. Ray must be there.
+
+    Without GPUs all roles take turns on the same cores: the trial's process holds its share of them, one machine's, or
+    of `at_once` trials an equal part of all."""
+    gpu, stable = _gpu(stages), any(node.stable for node in alive())
+    wanted = _together([_actors(stage.config, gpu, stable) for stage in stages])
+    own = {"CPU": 1.0 if gpu else _left(wanted, at_once), **({STABLE: A_LITTLE} if stable else {})}
+    shared = any(stage.config.sync.kind == "shm" for stage in stages)  # memory of one machine
+    return PlacementGroupFactory([own, *wanted], strategy="STRICT_PACK" if shared else "PACK")
+
+
+def as_bundles(factory: PlacementGroupFactory) -> list[Bundle]:
+    """The same, to try whether the cluster has room."""
+    return [Bundle("trial" if not i else f"part-{i}", dict(b)) for i, b in enumerate(factory.bundles)]
+
+
+def _gpu(stages: Sequence[Stage]) -> bool:
+    found = ray.cluster_resources().get("GPU", 0) > 0
+    return found and any(stage.config.model.device != "cpu" for stage in stages)
+
+
+def _actors(config: Config, gpu: bool, stable: bool) -> list[Resources]:
+    """One bundle per actor of a run. Who shares a model with another is counted all the same; of rollout workers, those
+    without which it does not begin."""
+    counts = {f"scorer:{name}": s.workers for name, s in scorers(config).items()}
+    counts |= {f"writer:{name}": t.workers for name, t in writers(config).items() if t.endpoint is None}
+    s = config.sampler
+    samplers = s.workers if s.min_workers is None else s.min_workers
+    made = bundles(
+        config.learner.ranks, samplers, s.tensor_parallel, config.verifier.workers, counts, gpu, config.ray.share_gpus,
+        stable,
+    )  # fmt: skip
+    return [dict(b.resources) for b in made]
+
+
+def _together(stages: Sequence[list[Resources]]) -> list[Resources]:
+    """Bundles that every stage fits into: of several, sorted, the largest at each place."""
+    if len(stages) == 1:
+        return stages[0]
+    stages = [sorted(stage, key=_size, reverse=True) for stage in stages]
+    longest = max(map(len, stages))
+    found: list[Resources] = []
+    for i in range(longest):
+        here = [stage[i] for stage in stages if i < len(stage)]
+        kinds = {kind for one in here for kind in one}
+        found.append({kind: max(one.get(kind, 0.0) for one in here) for kind in sorted(kinds)})
+    return found
+
+
+def _size(resources: Resources) -> tuple[float, float, float]:
+    return resources.get(STABLE, 0.0), resources.get("GPU", 0.0), resources.get("CPU", 0.0)
+
+
+def _left(wanted: Sequence[Resources], at_once: int | None) -> float:
+    """Cores that the trial's own process holds beside its actors' shares."""
+    cores = [node.total.get("CPU", 0.0) for node in alive()]
+    each = min((c for c in cores if c > 0), default=1.0)
+    share = each if at_once is None else min(each, sum(cores) / at_once)
+    return max(CPU_SHARE, math.floor((share - sum(w["CPU"] for w in wanted)) * 1e4) / 1e4)

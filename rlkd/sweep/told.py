@@ -1,0 +1,53 @@
+"""What a sweep says while it goes on: a line for each start, evaluation and end of a trial, on stderr."""
+
+import math
+import sys
+from typing import Any
+
+from ray.tune import Callback
+
+from rlkd.report import secrets
+from rlkd.sweep.spec import overrides
+
+
+def say(who: str, text: str) -> None:
+    print(secrets.without(f"[{who}] {text}"), file=sys.stderr, flush=True)
+
+
+class Told(Callback):
+    """Ray Tune calls it."""
+
+    def __init__(self, metric: str, trials: int) -> None:
+        self.metric, self.trials = metric, trials
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        step = (trial.last_result or {}).get("step")
+        again = "starts" if step is None else f"goes on (it told of step {step})"
+        say(str(trial), f"{again}: {' '.join(overrides(trial.config))}")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if result.get("failed"):
+            say(str(trial), f"failed: {result['failed']}")
+            return
+        value = result.get(self.metric, math.nan)
+        say(str(trial), f"step {result['step']}: {self.metric} {value:.4g}{'; done' if result.get('done') else ''}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ended = sum(t.is_finished() for t in trials)
+        if not (trial.last_result or {}).get("done"):
+            say(str(trial), "stopped by the scheduler")
+        say("sweep", f"{ended} of {self.trials} trials have ended")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        say(str(trial), f"was lost ({_last_line(trial)}); it goes on from its checkpoint")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        say(str(trial), f"was lost too often: {_last_line(trial)}")
+
+
+def _last_line(trial: Any) -> str:
+    error = trial.get_error()
+    lines = [line for line in str(error).splitlines() if line.strip()] if error is not None else []
+    return lines[-1].strip() if lines else "no error was given"

@@ -1,0 +1,93 @@
+"""A Ray cluster of its own with a dashboard, for the Jobs API: ended by its process, never by `ray stop`."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+START_S = 120.0
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str  # of the dashboard
+    folder: Path  # Ray's
+    dashboard: int  # the port
+
+
+def environment(**more: str) -> dict[str, str]:
+    """As that of somebody who works in the virtual environment of these tests, with this checkout."""
+    ours = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {**ours, "PATH": f"{BIN}{os.pathsep}{ours['PATH']}", "OMP_NUM_THREADS": "1", **more}
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@contextmanager
+def head(cpus: int = 4) -> Iterator[Head]:
+    """The cluster, until the context ends."""
+    folder = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))  # Ray's sockets need a short path
+    dashboard, agent, grpc, metrics, client = free_ports(5)
+    command = [
+        str(BIN / "ray"), "start", "--head", "--block", "--port=0", f"--num-cpus={cpus}", f"--temp-dir={folder}",
+        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}",
+        f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}", "--object-store-memory=200000000",
+        "--disable-usage-stats",
+    ]  # fmt: skip
+    with (folder / "start.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), cwd="/")
+    try:
+        _up(process, dashboard, folder)
+        yield Head(f"http://127.0.0.1:{dashboard}", folder, dashboard)
+    finally:
+        end(process.pid)
+        process.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def end(pid: int) -> None:
+    """The process and all that it started."""
+    try:
+        family = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    except psutil.NoSuchProcess:
+        return
+    for one in family:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=10)
+
+
+def _up(process: "subprocess.Popen[bytes]", port: int, folder: Path) -> None:
+    until = time.monotonic() + START_S
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise RuntimeError(f"Ray did not come up:\n{(folder / 'start.log').read_text()[-3000:]}")

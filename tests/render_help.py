@@ -1,0 +1,50 @@
+"""What `rlkd render` is asked in tests. `python -m tests.render_help` makes the examples in cluster/ again."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rlkd.models.get import get
+
+ROOT = Path(__file__).parents[1]
+CLUSTER = ROOT / "cluster"
+DEMO, DAPO = "configs/grpo-tiny.yaml", "configs/paper/dapo-qwen2.5-32b.yaml"
+_GKE = (
+    "--shared /work --claim rlkd-work --preemptible cloud.google.com/gke-spot=true"
+    " --toleration cloud.google.com/gke-spot=true:NoSchedule"
+)
+_NODES = "--stable rlkd/pool=stable"
+EXAMPLES = {  # folder in cluster/ -> what follows `rlkd render`
+    "grpo-tiny/kuberay": f"{DEMO} --for kuberay {_GKE}",
+    "grpo-tiny/slurm": f"{DEMO} --for slurm --shared /shared/rlkd",
+    "grpo-tiny/docker": f"{DEMO} --for docker",
+    "grpo-tiny/ray-up": f"{DEMO} --for ray-up --shared /shared/rlkd",
+    "dapo-qwen2.5-32b/kuberay": f"{DAPO} --for kuberay {_GKE} {_NODES}",
+    "dapo-qwen2.5-32b/slurm": f"{DAPO} --for slurm --shared /shared/rlkd --sbatch=--partition=gpu",
+    "dapo-qwen2.5-32b/docker": f"{DAPO} --for docker",
+    "dapo-qwen2.5-32b/ray-up": f"{DAPO} --for ray-up --shared /shared/rlkd",
+}
+
+
+def place(folder: Path) -> None:
+    """Make a folder where the examples' commands work: the recipes, and the demo's student."""
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    get("tiny", folder / "models" / "tiny")
+
+
+def make_again() -> None:
+    """Write cluster/ by the commands of EXAMPLES."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory() as temporary:
+        place(Path(temporary))
+        for folder, words in EXAMPLES.items():
+            command = [sys.executable, "-m", "rlkd", "render", *shlex.split(words), "--out", str(CLUSTER / folder)]
+            subprocess.run(command, cwd=temporary, env=environment, check=True)
+
+
+if __name__ == "__main__":
+    make_again()

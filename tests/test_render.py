@@ -1,0 +1,352 @@
+"""`rlkd render`: which nodes, what is refused, what the command line does; and cluster/ is what it makes today."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from rlkd import cli
+from rlkd.core.errors import ConfigError
+from rlkd.render.job import LONGEST, Job
+from rlkd.render.nodes import Layout, Machine, Needs, by_kind, packed
+from rlkd.render.settings import Settings, labels, platform, tolerations
+from rlkd.report.secrets import KNOWN
+from tests.render_help import CLUSTER, DAPO, DEMO, EXAMPLES, place
+
+NODE, SMALL = Machine(8, 64, 512), Machine(0, 8, 32)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def invoke(words: str) -> Any:
+    return CliRunner().invoke(cli.app, ["render", *shlex.split(words)])
+
+
+def refused(words: str) -> str:
+    """What stderr says; the exit code is that of usage."""
+    result = invoke(words)
+    assert result.exit_code == 2, result.output
+    return str(result.stderr)
+
+
+def needs(ranks: int, workers: int, tensors: int = 1, scorers: int = 0, rewards: int = 1, **more: Any) -> Needs:
+    more.setdefault("least_rollout", workers)
+    return Needs((1.0,) * ranks, (float(tensors),) * workers, (1.0,) * scorers, rewards, **more)
+
+
+def shown(layout: Layout) -> list[tuple[str, int, int, bool]]:
+    return [(k.name, k.count, k.machine.gpus, k.stable) for k in layout.kinds]
+
+
+# -- cluster/ ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", EXAMPLES)
+def test_the_examples_are_what_render_makes_today(folder: str, here: Path) -> None:
+    result = invoke(f"{EXAMPLES[folder]} --out out")
+    assert result.exit_code == 0, result.output
+    made = {p.name: p.read_text() for p in (here / "out").iterdir()}
+    kept = {p.name: p.read_text() for p in (CLUSTER / folder).iterdir()}
+    assert made == kept, "cluster/ is old: python -m tests.render_help makes it again"
+
+
+def test_nothing_else_is_in_cluster() -> None:
+    there = {str(p.parent.relative_to(CLUSTER)) for p in CLUSTER.rglob("*") if p.is_file()}
+    assert there == set(EXAMPLES)
+
+
+# -- nodes -------------------------------------------------------------------------------------------------------------
+
+
+def test_roles_are_read_from_the_runs_own_bundles() -> None:
+    from rlkd.workers.placement import bundles
+
+    asked = bundles(2, 3, 4, 2, {"reference": 1, "teacher:big": 2, "writer:x-y": 1}, gpu=True)
+    found = Needs.of([(b.role, b.resources) for b in asked], 2, False)
+    assert found == Needs((1.0, 1.0), (4.0,) * 3, (1.0,) * 4, 2, 2)
+    on_cpu = bundles(1, 1, 1, 1, {}, gpu=False)
+    assert Needs.of([(b.role, b.resources) for b in on_cpu], 5, False) == Needs((0.0,), (0.0,), (), 1, 1)
+
+
+def test_the_learner_is_on_the_head_if_one_node_holds_it() -> None:
+    found = shown(by_kind(needs(4, 4, rewards=2), NODE, SMALL))
+    assert found == [("head", 1, 4, True), ("rollout", 1, 4, False), ("reward", 1, 0, False)]
+
+
+def test_a_large_learner_has_whole_nodes() -> None:
+    layout = by_kind(needs(64, 16, tensors=4, scorers=3, rewards=9, least_rollout=5), NODE, SMALL)
+    assert shown(layout) == [
+        ("head", 1, 0, True), ("learner", 8, 8, True), ("rollout", 8, 8, False), ("scorer", 1, 3, False),
+        ("reward", 2, 0, False),
+    ]  # fmt: skip
+    (rollout,) = [k for k in layout.kinds if k.name == "rollout"]
+    assert rollout.least == 3  # five workers, two on a node
+    assert layout.nodes == 20
+    assert packed(needs(64, 16, tensors=4, scorers=3), NODE) == (17, 8)
+
+
+def test_idle_gpus_are_told() -> None:
+    layout = by_kind(needs(4, 3, tensors=4), NODE, SMALL)
+    assert layout.notes == ("4 of the 16 GPUs of the rollout nodes stay idle",)
+
+
+def test_without_gpus_each_sampler_has_a_node() -> None:
+    wanted = Needs((0.0,), (0.0, 0.0), (0.0,), 3, 1)
+    layout = by_kind(wanted, Machine(0, 2, 8), SMALL)
+    assert shown(layout) == [
+        ("head", 1, 0, True),
+        ("rollout", 2, 0, False),
+        ("scorer", 1, 0, False),
+        ("reward", 2, 0, False),
+    ]
+    assert layout.kinds[1].least == 1
+    assert packed(wanted, Machine(0, 2, 8)) == (1, 1)
+
+
+def test_who_shares_gpus_is_on_one_kind_of_nodes() -> None:
+    assert shown(by_kind(needs(8, 8, shared=True), NODE, SMALL)) == [("head", 1, 8, True)]
+    assert shown(by_kind(needs(16, 16, shared=True), NODE, SMALL)) == [("head", 1, 8, True), ("learner", 1, 8, True)]
+    assert packed(needs(16, 16, shared=True), NODE) == (2, 2)
+
+
+@given(
+    st.integers(1, 32), st.integers(1, 20), st.sampled_from([1, 2, 4, 8]), st.integers(0, 9), st.integers(1, 20),
+    st.sampled_from([1, 2, 4, 8]),
+)  # fmt: skip
+def test_every_actor_has_its_gpus(
+    ranks: int, workers: int, tensors: int, scorers: int, rewards: int, gpus: int
+) -> None:
+    node = Machine(gpus, 64, 512)
+    wanted = needs(ranks, workers, tensors, scorers, rewards)
+    if tensors > gpus or (ranks > gpus and ranks % gpus):
+        for how in (lambda: by_kind(wanted, node, SMALL), lambda: packed(wanted, node)):
+            with pytest.raises(ConfigError, match="C442"):
+                how()
+        return
+    layout = by_kind(wanted, node, SMALL)
+    have = {k.name: k.count * k.machine.gpus for k in layout.kinds}
+    assert have["head"] + have.get("learner", 0) == ranks
+    assert have["rollout"] >= workers * tensors
+    assert have.get("scorer", 0) >= scorers
+    assert all(1 <= k.least <= k.count and k.machine.gpus <= gpus and k.machine.cpus >= 1 for k in layout.kinds)
+    assert [k.name for k in layout.kinds if k.stable] == ["head", "learner"][: 1 + (ranks > gpus)]
+    nodes, with_learner = packed(wanted, Machine(gpus, 1000, 512))
+    assert ranks + workers * tensors + scorers <= nodes * gpus
+    assert (with_learner - 1) * gpus < ranks <= max(with_learner * gpus, gpus)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (f"{DAPO} learner.ranks=20 --for kuberay", "20 are not whole nodes of 8 GPUs: 4 GPUs would be left over"),
+        (f"{DAPO} learner.ranks=20 --for slurm", "learner.ranks=16, or nodes of so many GPUs: 1, 2, 4, 5, 10"),
+        (f"{DAPO} --for kuberay --gpus-per-node 6 learner.ranks=6", "tensor_parallel=4 does not divide the 6 GPUs"),
+        (f"{DAPO} --for slurm --gpus-per-node 2 learner.ranks=2", "nodes of 4 GPUs or a multiple"),
+        (f"{DAPO} --for slurm --cpus-per-node 2", "81 actors take a CPU each, and 16 nodes of 2 CPUs have 32"),
+        (f"{DAPO} --for ray-up --gpus-per-node 16", "no machine of aws here has 16 GPUs; p5.48xlarge has 8"),
+        (f"{DAPO} --for slurm --gpus-per-node 0", "--gpus-per-node 0, but model.device=cuda"),
+        (f"{DEMO} model.device=cpu --for slurm --gpus-per-node 1", "--gpus-per-node 1, but model.device=cpu"),
+    ],
+)
+def test_what_does_not_fit_the_nodes(words: str, says: str, here: Path) -> None:
+    assert says in refused(f"{words} --shared /s --claim c")
+    assert not (here / "rendered").exists()
+
+
+# -- where checkpoints are ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["kuberay", "slurm", "ray-up"])
+@pytest.mark.usefixtures("here")
+def test_checkpoints_on_one_nodes_disk_are_refused(name: str) -> None:
+    said = refused(f"{DEMO} --for {name}")
+    assert "report.directory=runs is on one node's own disk: when that node goes, the checkpoints go" in said
+    assert "--shared DIR" in said
+    assert "checkpoint.remote=s3://" in said
+    assert "RLKD-C441" in said
+    for outside in ("/tmp/runs", "../runs"):
+        said = refused(f"{DEMO} report.directory={outside} --for {name} --shared /s --claim c")
+        assert f"report.directory={outside} is not in /s, the folder that all nodes see" in said
+    for inside in ("runs", "/s/runs"):
+        assert invoke(f"{DEMO} report.directory={inside} --for {name} --shared /s --claim c").exit_code == 0
+    assert invoke(f"{DEMO} checkpoint.remote=s3://bucket/x --for {name}").exit_code == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_a_remote_copy_does_not_bring_shards_of_two_nodes_together() -> None:
+    for name in ("kuberay", "slurm", "ray-up"):
+        said = refused(f"{DAPO} checkpoint.remote=s3://bucket/x sync.kind=auto --for {name}")
+        assert "the parts of a checkpoint would not come together" in said
+
+
+@pytest.mark.usefixtures("here")
+def test_docker_wants_paths_below_where_it_starts() -> None:
+    assert "is inside the container" in refused(f"{DEMO} report.directory=/data/runs --for docker")
+    assert invoke(f"{DEMO} --for docker").exit_code == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_shared_memory_is_of_one_node() -> None:
+    assert "sync.kind=shm passes weights through the memory of one node" in refused(
+        f"{DEMO} sync.kind=shm --for kuberay --shared /s --claim c"
+    )
+    assert invoke(f"{DEMO} sync.kind=shm --for slurm --shared /s").exit_code == 0  # one node
+
+
+# -- grace -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("recipe", "least"), [(DEMO, 60), (DAPO, 100)])
+def test_the_grace_is_the_plans(recipe: str, least: int, here: Path) -> None:
+    from rlkd.config.load import load
+    from rlkd.plan.saving import grace
+    from rlkd.plan.shape import shape_of
+
+    config = load(recipe)
+    planned = grace(config, shape_of(config.model.path).parameters).total_s
+    assert planned >= least
+    for name, file in (("kuberay", "rayjob.yaml"), ("slurm", "job.sbatch")):
+        result = invoke(f"{recipe} --for {name} --shared /s --claim c --out {name} --json")
+        assert json.loads(result.stdout)["grace_s"] == planned
+        text = (here / name / file).read_text()
+        wanted = [f"TERM@{planned}", f"_TIMEOUT_S={planned}", f"preempt.grace_s={planned}"]
+        if name == "kuberay":
+            wanted = [f"terminationGracePeriodSeconds: {planned + 30}", f'value: "{planned}"', f'_TIME_S: "{planned}"']
+        assert [w for w in wanted if w not in text] == []
+
+
+def test_what_an_earlier_attempt_measured_wins(here: Path) -> None:
+    run = here / "runs" / "grpo-tiny"
+    run.mkdir(parents=True)
+    (run / "events.jsonl").write_text('{"kind": "checkpoint", "step": 3, "seconds": 400.0}\n')
+    result = json.loads(invoke(f"{DEMO} --for slurm --shared /s --json").stdout)
+    assert result["grace_s"] > 600
+    assert json.loads(invoke(f"{DEMO} --for slurm --shared /s --grace 90 --json").stdout)["grace_s"] == 90
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_told() -> None:
+    said = invoke(f"{DEMO} --for kuberay --shared /work --claim c").stdout
+    assert "1 × 4 CPUs, 16 GiB: the driver, 1 learner rank (head, stable)" in said
+    assert "1 rollout worker (rollout, preemptible)" in said
+    assert "grace      60 s between SIGTERM and the kill: a step 30 s, saving" in said
+    assert "rlkd train configs/grpo-tiny.yaml ray.wait_s=1800\n           in /work" in said
+    assert "wrote      rendered/grpo-tiny/kuberay/rayjob.yaml" in said
+
+
+def test_options_reach_the_command(here: Path) -> None:
+    invoke(f"{DEMO} 'model.system=It''s $HOME `x`' ray.wait_s=5 preempt.grace_s=7 --for slurm --shared /s")
+    script = (here / "rendered/grpo-tiny/slurm/job.sbatch").read_text()
+    (line,) = [line for line in script.splitlines() if " rlkd train " in line]
+    words = shlex.split(line.removesuffix(" &"))
+    assert words[words.index("rlkd") :] == [
+        "rlkd", "train", DEMO, "model.system=Its $HOME `x`", "ray.wait_s=5", "preempt.grace_s=7",
+    ]  # fmt: skip
+
+
+def test_only_what_was_rendered_is_written_over(here: Path) -> None:
+    assert invoke(f"{DEMO} --for docker --out o").exit_code == 0
+    assert invoke(f"{DEMO} --for docker --out o seed=3").exit_code == 0
+    (here / "o" / "run.sh").write_text("#!/bin/sh\nmine\n")
+    dockerfile = (here / "o" / "Dockerfile").read_bytes()
+    result = invoke(f"{DEMO} --for docker --out o seed=4")
+    assert result.exit_code == 3
+    assert "o/run.sh" in result.stderr
+    assert (here / "o" / "run.sh").read_text() == "#!/bin/sh\nmine\n"
+    assert (here / "o" / "Dockerfile").read_bytes() == dockerfile
+
+
+@pytest.fixture
+def _forgetful() -> Iterator[None]:
+    before = dict(KNOWN._names), KNOWN._any
+    yield
+    KNOWN._names, KNOWN._any = before
+
+
+@pytest.mark.usefixtures("_forgetful")
+def test_no_secret_is_written(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "canary-0123456789")
+    said = refused(f"{DEMO} model.system=canary-0123456789 --for slurm --shared /s")
+    assert "a secret on the command line would stand in the rendered files" in said
+    assert "canary-0123456789" not in said
+    assert not (here / "rendered").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("kubray", "did you mean `kuberay`?"),
+        ("Slurm", "did you mean `slurm`?"),
+        ("k8s", "did you mean `kuberay`?"),
+        ("nomad", "kuberay, slurm, docker, ray-up"),
+    ],
+)
+def test_an_unknown_platform(name: str, says: str) -> None:
+    with pytest.raises(ConfigError, match="C440") as refusal:
+        platform(name)
+    assert says in str(refusal.value)
+    assert "no such platform" in refused(f"{DEMO} --for {name}")
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--image 'a b'", "--image -x", "--shared relative", "--shared /a/../b", "--claim UPPER", "--secret a_b",
+        "--stable noequals", "--preemptible 'a b=c'", "--preemptible a=b:c", "--toleration a=b",
+        "--toleration a=b:Never", "--toleration =b:NoSchedule", "--time soon", "--sbatch partition=gpu",
+        "--sbatch=\"--x\n#SBATCH --y\"",
+        "--notice 3", "--retries=-1", "'model.system=a\nb'",
+    ],
+)  # fmt: skip
+def test_bad_options_are_named(option: str) -> None:
+    said = refused(
+        f"{DEMO} --for slurm --shared /s {option}" if "--shared" not in option else f"{DEMO} --for slurm {option}"
+    )
+    assert "RLKD-C443" in said
+    assert option.strip("'-").split("=")[0].split()[0] in said
+
+
+def test_kuberay_needs_the_claim_of_the_shared_folder(here: Path) -> None:
+    assert "--claim NAME" in refused(f"{DEMO} --for kuberay --shared /work")
+    assert not (here / "rendered").exists()
+
+
+def test_a_recipe_with_stages_gets_nodes_for_all(here: Path) -> None:
+    found = json.loads(invoke("configs/grpo-then-kdrl-tiny.yaml --for kuberay --shared /s --claim c --json").stdout)
+    assert found["nodes"] == 4  # the second stage has a teacher
+    assert (here / "rendered/grpo-then-kdrl-tiny/kuberay/rayjob.yaml").is_file()
+
+
+def test_labels_and_tolerations() -> None:
+    assert labels("--stable", ["a.b/c=d", "e="]) == {"a.b/c": "d", "e": ""}
+    first, second = tolerations(["a/b=true:NoSchedule", "c:NoExecute"])
+    assert (first.key, first.value, first.effect) == ("a/b", "true", "NoSchedule")
+    assert (second.key, second.value, second.effect) == ("c", None, "NoExecute")
+
+
+@given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True))
+def test_every_runs_name_becomes_one_of_kubernetes(name: str) -> None:
+    import re
+
+    label = Job(name, "r.yaml", (), None, 60, False, "2.60.0", "x").label
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", label)
+    assert len(label) <= LONGEST
+
+
+def test_settings_are_frozen_and_checked() -> None:
+    assert Settings("registry.example:5000/team/rlkd@sha256:0123").retries == 20

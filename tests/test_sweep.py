@@ -1,0 +1,634 @@
+"""A sweep's parts without Ray: forks, following a run, what a trial tells Tune, tables, pages, the folder."""
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.tune.result import SHOULD_CHECKPOINT
+
+from rlkd import staged
+from rlkd.config.stages import Stage, load
+from rlkd.core.errors import (
+    RESUBMIT,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    InfrastructureError,
+    PreflightError,
+    Stopped,
+)
+from rlkd.core.stop import StopRequest
+from rlkd.report.files import replace_file
+from rlkd.run import Watch
+from rlkd.store.store import Store
+from rlkd.sweep import follow, record, resources, search, stopping, table
+from rlkd.sweep.follow import Following, before, recorded
+from rlkd.sweep.fork import Origin, forked
+from rlkd.sweep.page import page
+from rlkd.sweep.spec import Spec
+from rlkd.sweep.table import Row
+from rlkd.sweep.trial import STOP, Plan, Trial
+from rlkd.tune import trainable
+from rlkd.workers.placement import Bundle, seated
+from tests.store_help import is_of, saved
+from tests.sweep_help import EVERY, read, recipe, space_file
+
+METRIC = "eval/pass@1"
+
+
+# --- forks
+
+
+def run_with(folder: Path, *steps: int) -> Path:
+    """The folder of a run that saved these steps."""
+    store = Store(folder / "checkpoints")
+    for step in steps:
+        saved(store, step, fingerprint={"seed": 0})
+    replace_file(folder / "run.json", json.dumps({"name": folder.name, "attempts": [{"attempt": 1}]}))
+    return folder
+
+
+def test_a_fork_has_the_other_s_checkpoint_and_none_of_its_own_later_ones(tmp_path: Path) -> None:
+    donor, own = run_with(tmp_path / "donor", 10, 20), run_with(tmp_path / "own", 10, 20, 30)
+    (own / "checkpoints/step-000020/driver.json").write_bytes(b"mine")
+    assert forked(Origin(donor, 20), own, {"learner.lr": 2e-4}) == 20
+    store = Store(own / "checkpoints")
+    assert store.there() == [10, 20]
+    assert store.verify(20) == []
+    assert is_of(store.path(20), 20)
+    facts = store.at(20).manifest.facts
+    assert facts["run"] == "own"
+    assert facts["fingerprint"] == {"seed": 0}
+    assert facts["lineage"]["from"] == str(donor)
+    assert json.loads((own / "run.json").read_text())["lineage"][0]["step"] == 20
+    assert Store(donor / "checkpoints").verify(20) == []
+
+
+def test_a_fork_of_a_run_that_is_not_there_yet(tmp_path: Path) -> None:
+    donor = run_with(tmp_path / "donor", 10, 20)
+    assert forked(Origin(donor, 20), tmp_path / "new", {}) == 20
+    assert Store(tmp_path / "new/checkpoints").there() == [20]
+
+
+def test_the_same_fork_again_changes_nothing(tmp_path: Path) -> None:
+    """A trial that was killed after the copy, and had gone on since."""
+    donor, own = run_with(tmp_path / "donor", 10, 20), tmp_path / "own"
+    forked(Origin(donor, 20), own, {"learner.lr": 2e-4})
+    saved(Store(own / "checkpoints"), 25)
+    assert forked(Origin(donor, 20), own, {"learner.lr": 2e-4}) == 20
+    assert Store(own / "checkpoints").there() == [20, 25]
+    forked(Origin(donor, 20), own, {"learner.lr": 3e-4})  # another copy, from the same place
+    assert Store(own / "checkpoints").there() == [20]
+
+
+def test_what_was_deleted_meanwhile_is_followed_by_the_next(tmp_path: Path) -> None:
+    donor = run_with(tmp_path / "donor", 30, 40)
+    assert forked(Origin(donor, 20), tmp_path / "own", {}) == 30
+    with pytest.raises(CheckpointError, match="no checkpoint of step 50 or later"):
+        forked(Origin(donor, 50), tmp_path / "other", {})
+
+
+def test_a_damaged_checkpoint_is_not_copied(tmp_path: Path) -> None:
+    donor, own = run_with(tmp_path / "donor", 10, 20), run_with(tmp_path / "own", 10, 20)
+    (donor / "checkpoints/step-000020/driver.json").write_bytes(b"changed")
+    with pytest.raises(CheckpointError, match="damaged"):
+        forked(Origin(donor, 20), own, {})
+    assert Store(own / "checkpoints").there() == [10, 20]
+
+
+# --- following a run
+
+
+class FakeRun:
+    """In the place of staged.train: tells these evaluations, then waits, ends, or fails."""
+
+    def __init__(self, told: Sequence[int] = (), error: BaseException | None = None, waits: bool = False) -> None:
+        self.told, self.error, self.waits = told, error, waits
+        self.calls: list[tuple[str, list[Stage]]] = []
+
+    def __call__(self, stages: list[Stage], recipe: Path, resume: str, watch: Watch) -> int:
+        self.calls.append((resume, stages))
+        for step in self.told:
+            watch.evaluated(stages[0].config, step, {METRIC: step / 100})
+        while self.waits and not watch.stop.is_set():
+            time.sleep(0.01)
+        if watch.stop.is_set():
+            raise Stopped(RESUBMIT, "saved")
+        if self.error is not None:
+            raise self.error
+        return 0
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeRun]:
+    def made(*args: Any, **options: Any) -> FakeRun:
+        run = FakeRun(*args, **options)
+        monkeypatch.setattr(staged, "train", run)
+        return run
+
+    return made
+
+
+def test_evaluations_are_heard_in_order(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    fake([0, 5, 10])
+    following = Following(load(recipe(tmp_path), EVERY), Path("r.yaml"), tmp_path)
+    heard = [following.next(5.0) for _ in range(3)]
+    assert [h.step for h in heard if h is not None] == [0, 5, 10]
+    assert following.end(None, 5.0)
+    assert following.error is None
+    assert following.next(0.01) is None
+
+
+def test_a_run_that_is_asked_to_stop_ends(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    fake([0], waits=True)
+    following = Following(load(recipe(tmp_path), EVERY), Path("r.yaml"), tmp_path)
+    assert not following.end(None, 0.05)
+    assert following.end(StopRequest("user", "the sweep stops it"), 5.0)
+    assert isinstance(following.error, Stopped)
+
+
+def test_steps_count_on_through_the_stages(tmp_path: Path) -> None:
+    stages = load(recipe(tmp_path, stages=[{"name": "a"}, {"name": "b"}]), EVERY)
+    assert [before(stages, name) for name in ("1-a", "2-b")] == [0, 20]
+    assert before(load(recipe(tmp_path), EVERY), "whatever") == 0
+    with pytest.raises(ValueError, match="is no stage"):
+        before(stages, "3-c")
+
+
+def evaluated(run: Path, step: int, value: float) -> None:
+    estimate = {"k": 1, "value": value, "low": 0.0, "high": 1.0}
+    told = {"step": step, "estimates": [estimate], METRIC: value, "time": "now"}
+    replace_file(run / "eval" / f"step-{step:06d}.json", json.dumps(told))
+
+
+def test_what_a_killed_trial_had_not_told_is_found(tmp_path: Path) -> None:
+    """Only what its checkpoint has behind it: the rest will be evaluated again."""
+    run, stages = run_with(tmp_path / "runs/trial-000", 5, 10), load(recipe(tmp_path), EVERY)
+    assert recorded(stages, tmp_path / "none") is None
+    assert recorded(stages, run) is None
+    for step in (5, 10, 15):
+        evaluated(run, step, step / 100)
+    found = recorded(stages, run)
+    assert found is not None
+    assert (found.step, dict(found.metrics)) == (10, {METRIC: 0.1})
+
+
+# --- what a trial tells Tune
+
+
+def trial(tmp_path: Path, config: dict[str, Any] | None = None, **plan: Any) -> Trial:
+    """One outside of Tune."""
+    made = object.__new__(Trial)
+    name = recipe(tmp_path)
+    Trial.plan = Plan(name, tuple(EVERY), str(tmp_path), str(tmp_path / "sweep/runs"), **plan)
+    made.given, made.root = config or {"learner.lr": 1e-4}, tmp_path / "sweep/runs/trial-000"
+    made.run, made.origin, made.told = None, None, {"step": 0}
+    return made
+
+
+def test_a_trial_tells_every_evaluation_and_is_done_with_the_last(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    run, one = fake([0, 5, 20]), trial(tmp_path)
+    told = [one.step() for _ in range(3)]
+    assert [r["step"] for r in told] == [0, 5, 20]
+    assert [r.get("done", False) for r in told] == [False, False, True]
+    assert all(r[SHOULD_CHECKPOINT] for r in told)
+    ((resume, stages),) = run.calls
+    config = stages[0].config
+    assert resume == "auto"
+    assert (config.name, config.learner.lr) == ("trial-000", 1e-4)
+    assert Path(config.report.directory) == tmp_path / "sweep/runs"
+
+
+def test_a_run_without_a_last_evaluation_is_done_all_the_same(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    fake([5])
+    one = trial(tmp_path)
+    assert one.step()["step"] == 5
+    assert one.step() == {"step": 5, METRIC: 0.05, SHOULD_CHECKPOINT: True, "done": True}
+
+
+@pytest.mark.parametrize("error", [DivergedError("RLKD-T001", "no number"), DataError("RLKD-D020", "no signal")])
+def test_a_trial_whose_settings_do_not_work_has_a_result(
+    tmp_path: Path, fake: Callable[..., FakeRun], error: Exception
+) -> None:
+    fake([], error=error)
+    result = trial(tmp_path).step()
+    assert result["done"]
+    assert math.isnan(result[METRIC])  # unknown, never 0
+    assert error.args[0] in result["failed"]
+
+
+def test_a_recipe_that_cannot_be_loaded_is_a_result_too(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    fake([])
+    assert "RLKD-C012" in trial(tmp_path, {"learner.lr": -1.0}).step()["failed"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InfrastructureError("RLKD-I003", "the run lost a worker"),
+        PreflightError("RLKD-E160", "another process works in this folder"),
+        Stopped(RESUBMIT, "the node goes away"),
+        RuntimeError("a bug"),
+    ],
+)
+def test_what_the_machines_did_is_raised_so_that_tune_tries_again(
+    tmp_path: Path, fake: Callable[..., FakeRun], error: Exception
+) -> None:
+    fake([5], error=error)
+    one = trial(tmp_path)
+    assert one.step()["step"] == 5
+    with pytest.raises(type(error)):
+        one.step()
+
+
+def test_tune_s_stop_is_a_clean_one(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    fake([5], waits=True)
+    one = trial(tmp_path)
+    one.step()
+    one.cleanup()
+    assert one.run is not None
+    assert not one.run.running
+    assert isinstance(one.run.error, Stopped)
+
+
+def test_a_run_that_is_over_is_not_asked_to_stop(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    """It only writes its last checkpoint."""
+    fake([5])
+    one = trial(tmp_path)
+    one.step()
+    one.told = {"step": 20}
+    one.cleanup()
+    assert one.run is not None
+    assert not one.run.stop.is_set()
+
+
+def test_the_whole_sweep_s_stop_reaches_the_trial(
+    tmp_path: Path, fake: Callable[..., FakeRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake([5], waits=True)
+    one = trial(tmp_path)
+    one.step()
+    monkeypatch.setattr("rlkd.sweep.trial.END_S", 0.0)  # then its driver would end it
+    (tmp_path / "sweep" / STOP).touch()
+    with pytest.raises(Stopped):
+        one.step()
+
+
+def test_a_checkpoint_is_a_reference(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    fake([5], waits=True)
+    one, folder = trial(tmp_path), tmp_path / "checkpoint"
+    folder.mkdir()
+    one.step()
+    one.save_checkpoint(str(folder))
+    assert [p.name for p in folder.iterdir()] == ["rlkd.json"]
+    other = trial(tmp_path)
+    other.load_checkpoint(str(folder))
+    assert other.origin == Origin(one.root, 5)
+    assert other.told[METRIC] == 0.05  # for a run that has nothing left to do
+    one.cleanup()
+
+
+def test_a_killed_trial_goes_on_by_its_own_ledger(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    run, one = fake([20]), trial(tmp_path)
+    run_with(one.root, 5, 10)
+    evaluated(one.root, 10, 0.1)
+    one.origin = Origin(one.root, 5)
+    assert one.step()["step"] == 10  # Tune had not heard of it
+    assert one.step()["step"] == 20
+    assert run.calls[0][0] == "auto"
+
+
+def test_what_tune_knows_already_is_not_told_again(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    fake([20])
+    one = trial(tmp_path)
+    run_with(one.root, 5, 10)
+    evaluated(one.root, 10, 0.1)
+    one.origin = Origin(one.root, 10)
+    assert one.step()["step"] == 20
+
+
+@pytest.mark.parametrize(("value", "steps"), [(1e-4, [5, 10]), (2e-4, [])])
+def test_a_run_from_before_tune_s_record_was_lost(
+    tmp_path: Path, fake: Callable[..., FakeRun], value: float, steps: list[int]
+) -> None:
+    """It goes on if it has this trial's values, and is moved away if it has others."""
+    fake([20])
+    one = trial(tmp_path, {"learner.lr": value})
+    run_with(one.root, 5, 10)
+    (one.root.parent / ".trial-000.json").write_text('{"learner.lr": 0.0001}')
+    assert one.step()["step"] == 20
+    assert Store(one.root / "checkpoints").there() == steps
+    moved = list(one.root.parent.glob(".old-trial-000-*"))
+    assert len(moved) == (0 if steps else 1)
+
+
+def test_another_trial_s_checkpoint_makes_a_fork(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    run, one = fake([20]), trial(tmp_path, copies=True)
+    run_with(one.root, 5, 10)
+    donor = run_with(tmp_path / "sweep/runs/trial-001", 10)
+    evaluated(one.root, 10, 0.1)
+    one.origin = Origin(donor, 10)
+    assert one.step()["step"] == 20
+    ((resume, stages),) = run.calls
+    assert resume == "10"
+    assert (stages[0].config.checkpoint.every, stages[0].config.checkpoint.keep) == (5, 4)
+    assert json.loads((one.root / "run.json").read_text())["lineage"][0]["from"] == str(donor)
+
+
+def test_values_are_kept_within_their_distribution_and_sections_are_joined() -> None:
+    plan = Plan("r", (), "", specs={"learner.lr": Spec("uniform", (1, 2))})
+    assert plan.values({"learner": {"lr": 7.0}, "seed": 3}) == {"learner.lr": 2.0, "seed": 3}
+
+
+def test_the_remote_store_of_a_trial_is_its_sweep_s(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    run, one = fake([20]), trial(tmp_path, {"checkpoint.remote": f"file://{tmp_path}/far/"})
+    one.step()
+    assert run.calls[0][1][0].config.checkpoint.remote == f"file://{tmp_path}/far/sweep"
+
+
+def test_trainable_checks_the_recipe_at_once(tmp_path: Path) -> None:
+    made = trainable(recipe(tmp_path), EVERY, runs=tmp_path / "runs")
+    assert made.plan.runs == str(tmp_path / "runs")
+    assert made.plan.stages({"learner.lr": 3e-4})[0].config.learner.lr == 3e-4
+    with pytest.raises(ConfigError, match="must be above 0"):
+        trainable(recipe(tmp_path), ["learner.lr=-1"])
+
+
+# --- resources
+
+
+def test_roles_find_their_place_in_a_trial_s_group() -> None:
+    """Not the first, in which the trial itself is; the smallest that is large enough."""
+    specs = [{"CPU": 4.0, "GPU": 4.0}, {"CPU": 1.0, "GPU": 4.0}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}]
+    wanted = [
+        Bundle("learner-0", {"CPU": 1.0, "GPU": 1.0}),
+        Bundle("rollout-0", {"CPU": 1.0, "GPU": 4.0}),
+        Bundle("reward-0", {"CPU": 1.0}),
+    ]
+    assert [b.role for b in seated(wanted, specs)] == ["", "rollout-0", "learner-0", "reward-0"]
+    with pytest.raises(PreflightError, match="rollout-1 needs 1 CPU, 4 GPU"):
+        seated([*wanted, Bundle("rollout-1", {"CPU": 1.0, "GPU": 4.0})], specs)
+
+
+def test_stages_share_a_group_that_each_fits_into() -> None:
+    together = resources._together([[{"CPU": 0.1}], [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 0.5}]])
+    assert together == [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 0.5}]
+
+
+# --- search
+
+
+class OfTune:
+    """A trial as Tune's schedulers see it."""
+
+    def __init__(self, number: int) -> None:
+        self.trial_id = f"x_{number:05d}"
+
+
+def test_asha_remembers_what_was_told_before_a_restore() -> None:
+    """Without its memory the third trial, the worst at step 5, would be the first and go on."""
+    past = {"x_00000": {5: 0.9}, "x_00001": {5: 0.8}}
+
+    def verdict(remembered: dict[str, dict[int, float]]) -> str:
+        asha = search.Asha(
+            lambda t: remembered.get(t.trial_id, {}), time_attr="step", metric=METRIC, mode="max", grace_period=5,
+            max_t=20, reduction_factor=2,
+        )  # fmt: skip
+        trials = [OfTune(n) for n in range(3)]
+        for one in trials:
+            asha.on_trial_add(None, one)  # type: ignore[arg-type]
+        return str(asha.on_trial_result(None, trials[2], {"step": 5, METRIC: 0.1}))  # type: ignore[arg-type]
+
+    assert verdict(past) == "STOP"
+    assert verdict({}) == "CONTINUE"
+
+
+def test_pbt_s_numbers_stay_within_the_space() -> None:
+    specs = {"a": Spec("loguniform", (1e-5, 1e-3)), "b": Spec("randint", (2, 9))}
+    assert search.inside(specs, {"a": 1.2e-3, "b": 9.6, "c": "x"}) == {"a": 1e-3, "b": 8, "c": "x"}
+
+
+def test_optuna_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(PreflightError, match="optuna is not installed") as error:
+        search.algorithm(read(tmp_path, "sweep: {search: optuna}\nlearner.lr: {uniform: [1e-6, 1e-4]}\n"))
+    assert "space.yaml:1" in str(error.value)
+
+
+# --- what came out
+
+
+def rows() -> list[Row]:
+    return [
+        Row("trial-000", {"learner.lr": 1e-4, "algorithm.norm": "token"}, "done", 20, 0.5, {0: 0.1, 20: 0.5}),
+        Row("trial-001", {"learner.lr": 1e-3, "algorithm.norm": "seq"}, "stopped", 5, 0.2, {0: 0.1, 5: 0.2}),
+        Row("trial-002", {"learner.lr": 1e-2, "algorithm.norm": "seq"}, "failed", 3, math.nan, {}, "RLKD-T001: <nan>"),
+        Row("trial-003", {"learner.lr": 2e-3, "algorithm.norm": "seq"}, "failed", 3, 0.9, {}, "diverged"),
+    ]
+
+
+def test_the_best_is_none_that_failed() -> None:
+    found = table.best(rows(), "max")
+    assert found is not None
+    assert found.name == "trial-000"
+    least = table.best(rows(), "min")
+    assert least is not None
+    assert least.name == "trial-001"
+    assert table.best(rows()[2:], "max") is None
+
+
+def test_the_table_has_every_trial_and_says_why_one_failed() -> None:
+    text = table.text(rows(), METRIC, "max")
+    lines = text.splitlines()
+    assert lines[0].split() == ["trial", "steps", METRIC, "learner.lr", "algorithm.norm"]
+    assert lines[2].startswith("trial-000  done")
+    assert "trial-002 failed: RLKD-T001" in text
+    assert next(line for line in lines if line.startswith("trial-002  ")).split()[3] == "–"
+
+
+def test_the_command_of_the_best_can_be_given_as_it_is(tmp_path: Path) -> None:
+    import shlex
+
+    name = recipe(tmp_path)
+    values = {"learner.lr": 1.2345678901234567e-05, "algorithm.rollout.samples": 8}
+    program, verb, path, *given = shlex.split(table.command(name, EVERY, values, "best"))
+    assert (program, verb, path) == ("rlkd", "train", name)
+    config = load(path, given)[0].config
+    assert (config.name, config.learner.lr) == ("best", 1.2345678901234567e-05)
+
+
+@pytest.mark.parametrize(
+    ("last", "lost", "ended", "state"),
+    [
+        ({"step": 20, METRIC: 0.5}, "", True, "done"),
+        ({"step": 5, METRIC: 0.5}, "", True, "stopped"),
+        ({"step": 5, "failed": "why"}, "", True, "failed"),
+        ({"step": 5, METRIC: 0.5}, "ActorDied", True, "lost"),
+        ({}, "", False, "unfinished"),
+    ],
+)
+def test_states(tmp_path: Path, last: dict[str, Any], lost: str, ended: bool, state: str) -> None:
+    stages = load(recipe(tmp_path), EVERY)
+    assert table.row("t", {}, last, lost, stages, METRIC, tmp_path / "none", ended).state == state
+
+
+def test_curves_are_read_from_the_runs(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "trial-000", 5)
+    evaluated(run, 0, 0.1)
+    evaluated(run, 5, 0.3)
+    assert table.curve(load(recipe(tmp_path), EVERY), run, METRIC) == {0: 0.1, 5: 0.3}
+
+
+def test_the_page_is_whole_and_needs_no_network() -> None:
+    from xml.etree import ElementTree
+
+    html = page("s <1>", rows(), METRIC, "max", "trial-000", ["rlkd train x"])
+    assert "s &lt;1&gt;" in html
+    assert "<nan>" not in html
+    assert "src=" not in html
+    assert "href=" not in html
+    for start in [i for i in range(len(html)) if html.startswith("<svg", i)]:
+        picture = ElementTree.fromstring(html[start : html.index("</svg>", start) + 6])
+        assert len(picture.findall(".//{*}polyline")) >= 2
+
+
+def test_a_page_of_one_trial_without_a_value() -> None:
+    assert "no trial was evaluated" in page("x", rows()[2:3], METRIC, "min", None, [])
+
+
+# --- the folder
+
+
+def test_only_the_same_command_goes_on(tmp_path: Path) -> None:
+    name, folder = recipe(tmp_path), tmp_path / "runs/sweep-x"
+    space = read(tmp_path, "learner.lr: {uniform: [1e-6, 1e-4]}\n")
+    record.refuse_other(folder, name, EVERY, space)
+    record.write(folder, name, EVERY, space)
+    record.refuse_other(folder, name, EVERY, space)
+    other = read(tmp_path, "learner.lr: {uniform: [1e-6, 2e-4]}\nsweep: {trials: 9}\n")
+    with pytest.raises(PreflightError, match=r"learner.lr uniform .* → uniform") as error:
+        record.refuse_other(folder, name, EVERY, other)
+    assert "sweep.trials None → 9" in str(error.value)
+    with pytest.raises(PreflightError, match=r"the recipe \(lr: 0.01\)"):
+        record.refuse_other(folder, name, [*EVERY, "learner.lr=0.01"], space)
+    same = read(tmp_path, "learner.lr: {uniform: [1e-6, 1e-4]}\nsweep: {at_once: 9, failures: 1}\n")
+    record.refuse_other(folder, name, EVERY, same)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    folder = run_with(tmp_path / "runs/small", 5)
+    with pytest.raises(PreflightError, match="other things in it"):
+        record.refuse_other(folder, recipe(tmp_path), EVERY, read(tmp_path, "seed: {choice: [1, 2]}\n"))
+
+
+def test_a_record_of_tune_that_a_kill_left_half_written_is_moved_away(tmp_path: Path) -> None:
+    assert not record.restorable(tmp_path)
+    (tmp_path / "tuner.pkl").touch()
+    (tmp_path / "experiment_state-2026-01.json").write_text('{"trial_data": []}')
+    assert not record.restorable(tmp_path)  # Tune fails on a record without trials
+    (tmp_path / "experiment_state-2026-02.json").write_text('{"trial_data": [["a", "b"]]}')
+    (tmp_path / "experiment_state-2026-03.json").write_text('{"trial_data": [["a", ')
+    assert record.restorable(tmp_path)
+    assert sorted(p.name for p in tmp_path.glob(".bad-*")) == [".bad-experiment_state-2026-03.json"]
+
+
+def test_names_of_trials() -> None:
+    class Named:
+        trial_id = "ab12_00003"
+
+    class Drawn:
+        trial_id = "7c1fe2a9"
+
+    assert record.name_of(Named()) == "trial-003"
+    assert record.name_of(Drawn()) == "trial-7c1fe2a9"
+
+
+# --- stopping
+
+
+def interrupted(folder: Path, number: int) -> None:
+    """A sweep that gets this signal."""
+    with stopping.saving(folder):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+
+def lease(run: Path) -> None:
+    from dataclasses import asdict
+
+    from rlkd.lease import Holder
+
+    run.mkdir(parents=True)
+    (run / ".lease").write_text(json.dumps(asdict(Holder.me())))
+
+
+def test_the_first_signal_waits_for_the_trials(tmp_path: Path) -> None:
+    run = tmp_path / "runs/trial-000"
+    lease(run)
+    threading.Timer(0.3, (run / ".lease").unlink).start()
+    with pytest.raises(Stopped, match="every trial has saved"):
+        interrupted(tmp_path, signal.SIGTERM)
+    assert (tmp_path / STOP).exists()
+
+
+def test_the_second_one_does_not(tmp_path: Path) -> None:
+    lease(tmp_path / "runs/trial-000")
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Stopped, match="trial-000 did not save"):
+        interrupted(tmp_path, signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_it_does_not_wait_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "SAVE_S", 0.3)
+    lease(tmp_path / "runs/trial-000")
+    with pytest.raises(Stopped, match="trial-000 did not save"):
+        interrupted(tmp_path, signal.SIGINT)
+
+
+def test_a_dead_process_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease(tmp_path / "trial-000")
+    monkeypatch.setattr(follow, "DEAD_S", 0.2)
+    threading.Timer(0.3, (tmp_path / "trial-000/.lease").unlink).start()
+    follow.wait_for_the_dead(tmp_path / "trial-000", 5.0)
+    assert not (tmp_path / "trial-000/.lease").exists()
+    follow.wait_for_the_dead(tmp_path / "none", 5.0)
+
+
+# --- the command line
+
+
+def test_what_is_missing_on_the_command_line(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from rlkd.cli import app
+
+    result = CliRunner().invoke(app, ["sweep", recipe(tmp_path)])
+    assert result.exit_code == 2
+    bad = space_file(tmp_path, "learner.lrr: {uniform: [1e-6, 1e-4]}\n")
+    result = CliRunner().invoke(app, ["sweep", recipe(tmp_path), "--space", bad])
+    assert result.exit_code == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_that_is_not_there_is_told_before_a_trial_starts(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from rlkd.cli import app
+
+    good = space_file(tmp_path, "learner.lr: {uniform: [1e-6, 1e-4]}\n")
+    path = recipe(tmp_path, model={"path": str(tmp_path / "no-model")})
+    result = CliRunner().invoke(app, ["sweep", path, "--space", good])
+    assert result.exit_code == 3
+    assert not (tmp_path / "runs").exists()
+    assert yaml.safe_load(Path(path).read_text())["model"]["path"].endswith("no-model")
