@@ -330,7 +330,7 @@ def test_without_the_word_for_it_other_data_is_refused(tmp_path: Path) -> None:
 @pytest.mark.faults("F22")
 def test_the_last_save_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run never ends well without its last step on the disk."""
-    monkeypatch.setattr("rlkd.train.loop.AGAIN_S", 0.0)
+    monkeypatch.setattr("rlkd.train.saving.AGAIN_S", 0.0)
     policy = FakePolicy()
     loop = loop_of(tmp_path, policy=policy, learner=FakeLearner(policy, cannot_save=1))
     assert asyncio.run(loop.run()) == 0
