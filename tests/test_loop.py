@@ -88,7 +88,7 @@ def test_without_holding_slots_the_bound_breaks(tmp_path: Path) -> None:
     async def run() -> None:
         task = asyncio.create_task(loop.run())
         await asyncio.sleep(0)
-        while not hasattr(loop, "buffer"):
+        while not getattr(loop, "whole", False):
             await asyncio.sleep(0)
         loop.buffer.slots = 12
         await task
