@@ -258,7 +258,9 @@ class _Builder:
         spawn = learner_spawner(
             learner.ranks, str(weights), environment(threads), lambda rank: self.placement.options(f"learner-{rank}")
         )
-        group = LearnerGroup(learner.ranks, spawn, options, self.config.algorithm, policy.deliver)
+        group = LearnerGroup(
+            learner.ranks, spawn, options, self.config.algorithm, policy.deliver, withdraw=policy.withdraw
+        )
         self.stack.push_async_callback(group.finish)
         return group
 

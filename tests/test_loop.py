@@ -489,6 +489,26 @@ def test_old_checkpoints_go(tmp_path: Path) -> None:
     assert sorted(checkpoints.store.steps()) == [4, 5]
 
 
+def test_going_back_renames_what_comes_after_only_when_the_remote_store_has_withdrawn_it(tmp_path: Path) -> None:
+    store, order = Store(tmp_path / "checkpoints"), list[str]()
+    asyncio.run(loop_of(tmp_path, checkpoints=Checkpoints(store, every=1)).run())
+
+    def withdraw(step: int) -> list[int]:
+        order.append(f"there, after {step}")
+        raise CheckpointError("RLKD-K014", "no access", where="s3")
+
+    def aside(step: int) -> list[int]:
+        order.append(f"here, after {step}")
+        return [5]
+
+    broken = Store(tmp_path / "checkpoints")
+    broken.withdraw_after = withdraw  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="no access"):
+        asyncio.run(loop_of(tmp_path, checkpoints=Checkpoints(broken, aside=aside), resume=4).run())
+    assert order == ["there, after 4"]
+    assert store.there() == [4, 5]
+
+
 def test_without_a_number_of_steps_the_time_between_saves_follows_what_a_save_takes(tmp_path: Path) -> None:
     now = [0.0]
     checkpoints = Checkpoints(Store(tmp_path), every=None, between_failures_s=8.0, clock=lambda: now[0])

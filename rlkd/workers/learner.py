@@ -115,10 +115,12 @@ class LearnerGroup:
         algorithm: Algorithm,
         deliver: Callable[[WeightRef], Awaitable[None]],
         end: Callable[[Any], None] = ray.kill,
+        withdraw: Callable[[], None] = lambda: None,
     ) -> None:
-        """`spawn(rank)` makes an actor of LearnerRank, `end` kills one; `deliver` gives weights to every sampler."""
+        """`spawn(rank)` makes an actor of LearnerRank, `end` kills one; `deliver` gives weights to every sampler,
+        `withdraw` says that what was delivered last is no longer there for new ones."""
         self._ranks, self._spawn, self._options, self._algorithm = ranks, spawn, options, algorithm
-        self._deliver, self._end = deliver, end
+        self._deliver, self._end, self._withdraw = deliver, end, withdraw
         self._actors: list[Any] = []
         self._places: list[dict[str, Any]] = []
 
@@ -129,6 +131,7 @@ class LearnerGroup:
     async def start(self) -> None:
         """New ranks, as at the very start: nothing is left of others that there were."""
         self.kill()
+        self._withdraw()  # new ranks remove what the old ones published
         self._actors = [self._spawn(rank) for rank in range(self._ranks)]
         self._places = await self._all("place", START_S, *[()] * self._ranks)
         store = await self._one(0, "open_store", START_S)
