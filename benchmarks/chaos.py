@@ -39,11 +39,11 @@ class Campaign:
 
 
 CAMPAIGNS = {
-    "workers": Campaign(("rollout", "reward"), 90, 1.5, changes={"schedule": {"steps": 1500, "groups_per_step": 3}}),
+    "workers": Campaign(("rollout", "reward"), 110, 1.5, changes={"schedule": {"steps": 1500, "groups_per_step": 3}}),
     "learner": Campaign(("learner",), 40, 6.0, changes={"schedule": {"steps": 1500, "groups_per_step": 3}}),
     "two ranks": Campaign(("learner",), 10, 10.0, changes={
         "schedule": {"steps": 600, "groups_per_step": 4}, "learner": {"ranks": 2, "zero_stage": 2}}),
-    "driver": Campaign(("driver", "term", "flip"), 50, 12.0,
+    "driver": Campaign(("driver", "term", "flip"), 30, 12.0,
                        changes={"schedule": {"steps": 1500, "groups_per_step": 3}}),
     "everything": Campaign(("rollout", "reward", "learner", "driver", "term"), 20, 5.0, changes={
         "schedule": {"steps": 1500, "groups_per_step": 3, "staleness": 1}}),

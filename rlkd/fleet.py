@@ -273,8 +273,10 @@ class _Builder:
         spawn = learner_spawner(
             learner.ranks, str(weights), environment(threads), lambda rank: self.placement.options(f"learner-{rank}")
         )
-        seated = self.site.learner_seated
-        group = LearnerGroup(learner.ranks, spawn, options, self.config.algorithm, policy.deliver, seated=seated)
+        group = LearnerGroup(
+            learner.ranks, spawn, options, self.config.algorithm, policy.deliver, withdraw=policy.withdraw,
+            seated=self.site.learner_seated,
+        )  # fmt: skip
         self.stack.push_async_callback(group.finish)
         return group
 

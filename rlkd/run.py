@@ -110,8 +110,6 @@ def _prepared(
         fingerprint.refuse(found, directory, accept_new_data)
     attempts.describe(directory, config, recipe, now)
     told = list(found.told)
-    if step is not None and (later := attempts.set_aside(directory, step, number)):
-        told.append(f"back to step {step}: the checkpoints of steps {', '.join(map(str, later))} were renamed .old-…")
 
     def accept(facts: Mapping[str, Any]) -> bool:
         found = fingerprint.compare(facts.get("fingerprint", {}), now)
@@ -138,6 +136,7 @@ async def _train(
         report.event("resume", text)
     stop, saves = attempt.stop, checkpoints(config, attempt.directory, report.event)
     saves.accept, saves.promised = start.accept, saved_before(attempt.directory)
+    saves.aside = lambda step: attempts.set_aside(attempt.directory, step, attempt.number)
     saves.facts = {**saves.facts, "fingerprint": {k: v for k, v in start.fingerprint.items() if k != "settings"}}
     held: list[Loop] = []
 

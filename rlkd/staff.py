@@ -1,19 +1,20 @@
 """The frozen models that a run asks: pools of scorers and writers, endpoints. The same settings share one pool."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlkd.config.schema import Config, ScorerConfig, TeacherConfig, WriterConfig
-from rlkd.core.ports import Model, Sampling, Writer
+from rlkd.core.ports import Model, Sampling, Writer, Written
 from rlkd.engines.budget import Budget, Limits
 from rlkd.engines.endpoint import Endpoint, EndpointOptions
 from rlkd.inputs import Inputs
 from rlkd.model_folder import model_config, vocabulary
+from rlkd.report import secrets
 from rlkd.teachers import scorers, shared, writers
 from rlkd.workers.crew import Stacks
 from rlkd.workers.placement import Placement
@@ -97,7 +98,7 @@ class Staff:
     def writers(self) -> dict[str, Writer]:
         """Those that write, by name."""
         local: dict[str, Writer] = {name: self._local_writer(name, t.writer) for name, t in self._local.items()}
-        return local | self._endpoints
+        return local | {name: Discreet(endpoint) for name, endpoint in self._endpoints.items()}
 
     # --- one of them
 
@@ -169,6 +170,18 @@ class Staff:
     def _same_writer(self, name: str, t: TeacherConfig) -> tuple[Any, ...]:
         engine = tuple(getattr(t.writer, f.name) for f in fields(t.writer) if f.name not in SAMPLED)
         return (self.read.frozen[name].path, t.workers, t.timeout_s, t.threads, *engine)
+
+
+@dataclass(frozen=True)
+class Discreet:
+    """A writer whose texts have no secret in them. What an endpoint writes is kept (traces.jsonl), and trained on; one
+    that sends back what it was sent, headers and all, must not put the key there."""
+
+    writer: Writer
+
+    async def write(self, messages: Sequence[Mapping[str, str]], seed: int = 0) -> Written:
+        written = await self.writer.write(messages, seed)
+        return replace(written, text=secrets.without(written.text))
 
 
 def _scorer_role(name: str) -> str:

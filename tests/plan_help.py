@@ -33,5 +33,5 @@ def plan(
 ) -> Plan:  # fmt: skip
     """Frozen models are of the policy's shape."""
     policy = shape(model)
-    models = Models(policy, {n: policy for n in {**scorers(config), **writers(config)}})
+    models = Models(policy, dict.fromkeys({**scorers(config), **writers(config)}, policy))
     return planned(config, models, hardware, lengths or assumed(config, policy), learned)

@@ -164,13 +164,25 @@ def test_all_bad_rows_at_once_but_no_more_than_twenty(tmp_path: Path) -> None:
 @pytest.mark.faults("F43")
 def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path) -> None:
     source = lines(tmp_path / "a.jsonl", ["{"] * 30 + [row(0), {"prompt": "x"}])
-    dataset = load(source, TOKENIZER, Rules(1000, chat=False, bad_rows="drop"))
+    dataset = load(source, TOKENIZER, Rules(1000, chat=False, bad_rows="drop", max_bad_fraction=1.0))
     assert len(dataset.prompts) == 1
     assert str(dataset.funnel).startswith("32 rows → 1 valid → 1 within")
     assert dataset.warnings[0].startswith(
         f"data.train: 30 rows left out: not JSON, as {tmp_path / 'a.jsonl'}:1: not JSON"
     )
     assert dataset.warnings[1].startswith(f"data.train: 1 row left out: no 'answer', as {tmp_path / 'a.jsonl'}:32")
+
+
+@pytest.mark.faults("F43")
+@pytest.mark.parametrize(("bad", "share", "fits"), [(2, 0.1, True), (3, 0.1, False), (3, 0.15, True), (1, 0.0, False)])
+def test_no_more_bad_rows_than_a_share_are_left_out(tmp_path: Path, bad: int, share: float, fits: bool) -> None:
+    source = lines(tmp_path / "a.jsonl", ["{"] * bad + [row(i) for i in range(20 - bad)])
+    rules = Rules(1000, chat=False, bad_rows="drop", max_bad_fraction=share)
+    if fits:
+        assert len(load(source, TOKENIZER, rules).prompts) == 20 - bad
+    else:
+        with pytest.raises(DataError, match=rf"of 20 rows {bad} cannot be used \({bad} not JSON\)"):
+            load(source, TOKENIZER, rules)
 
 
 def test_chat_messages_without_chat(tmp_path: Path) -> None:
@@ -267,7 +279,11 @@ def test_an_empty_file(tmp_path: Path, content: str) -> None:
 @pytest.mark.faults("F44")
 def test_nothing_valid(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="2 rows → 0 valid → 0 within") as caught:
-        load(lines(tmp_path / "a.jsonl", ["{", "[]"]), TOKENIZER, Rules(1000, chat=False, bad_rows="drop"))
+        load(
+            lines(tmp_path / "a.jsonl", ["{", "[]"]),
+            TOKENIZER,
+            Rules(1000, chat=False, bad_rows="drop", max_bad_fraction=1.0),
+        )
     assert "1 row left out: not JSON" in str(caught.value)
 
 

@@ -105,7 +105,11 @@ def test_parquet_with_nulls_names_the_rows(tmp_path: Path) -> None:
         ("'prompt' is null", f"{path}: row 2"),
         ("'answer' is null", f"{path}: row 3"),
     ]
-    dataset = load(Source(kind="parquet", path=str(path)), TOKENIZER, Rules(1000, chat=False, bad_rows="drop"))
+    dataset = load(
+        Source(kind="parquet", path=str(path)),
+        TOKENIZER,
+        Rules(1000, chat=False, bad_rows="drop", max_bad_fraction=1.0),
+    )
     assert [p.id for p in dataset.prompts] == ["x"]
 
 

@@ -100,7 +100,7 @@ def test_a_malformed_one_is_a_bad_row(tmp_path: Path, value: Any, message: str) 
         from_column(tmp_path, "fine", value)
     assert message in caught.value.problems[1].what
     assert caught.value.problems[1].where == f"{tmp_path / 'a.jsonl'}:2"
-    dropped = from_column(tmp_path, "fine", value, rules=Rules(1000, chat=False, bad_rows="drop"))
+    dropped = from_column(tmp_path, "fine", value, rules=Rules(1000, chat=False, bad_rows="drop", max_bad_fraction=1.0))
     assert len(dropped.prompts) == 1
     assert "1 row left out" in dropped.warnings[0]
 
@@ -254,7 +254,9 @@ def test_rows_that_are_no_traces(tmp_path: Path) -> None:
     assert head.what == "5 rows of the file of traces cannot be used"
     assert [r.where for r in rows] == [f"{tmp_path / 'traces.jsonl'}:{i}" for i in range(2, 7)]
     dataset = with_traces(
-        tmp_path, [{"id": "q0", "text": "fine"}, *bad], rules=Rules(1000, chat=False, bad_rows="drop")
+        tmp_path,
+        [{"id": "q0", "text": "fine"}, *bad],
+        rules=Rules(1000, chat=False, bad_rows="drop", max_bad_fraction=1.0),
     )
     assert worked(dataset.prompts[0]) == [("data", "fine</s>")]
     assert "5 rows of the file of traces left out" in dataset.warnings[0]

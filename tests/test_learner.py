@@ -237,6 +237,20 @@ def shares(loss: float, norm: float) -> Shares:
     return made
 
 
+def test_new_ranks_withdraw_what_the_old_ones_published() -> None:
+    made, _, _ = group({"place": {}})
+    order: list[str] = []
+    made._withdraw = lambda: order.append("withdrawn")
+    made._end = lambda _: order.append("ended")
+
+    async def run() -> None:
+        await made.start()
+        await made.rebuild()
+
+    asyncio.run(run())
+    assert order == ["withdrawn", "ended", "withdrawn"]
+
+
 def test_each_rank_gets_its_column_and_shares_add_up() -> None:
     both, ranks, delivered = group({"update": shares(0.25, 2.0), "publish": WeightRef(3, "x", "d")},
                                    {"update": shares(0.5, 2.0)})  # fmt: skip

@@ -88,7 +88,7 @@ def test_without_holding_slots_the_bound_breaks(tmp_path: Path) -> None:
     async def run() -> None:
         task = asyncio.create_task(loop.run())
         await asyncio.sleep(0)
-        while not hasattr(loop, "buffer"):
+        while not getattr(loop, "whole", False):
             await asyncio.sleep(0)
         loop.buffer.slots = 12
         await task
@@ -330,7 +330,7 @@ def test_without_the_word_for_it_other_data_is_refused(tmp_path: Path) -> None:
 @pytest.mark.faults("F22")
 def test_the_last_save_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run never ends well without its last step on the disk."""
-    monkeypatch.setattr("rlkd.train.loop.AGAIN_S", 0.0)
+    monkeypatch.setattr("rlkd.train.saving.AGAIN_S", 0.0)
     policy = FakePolicy()
     loop = loop_of(tmp_path, policy=policy, learner=FakeLearner(policy, cannot_save=1))
     assert asyncio.run(loop.run()) == 0
@@ -487,6 +487,26 @@ def test_old_checkpoints_go(tmp_path: Path) -> None:
     checkpoints = Checkpoints(Store(tmp_path / "checkpoints"), every=1)
     asyncio.run(loop_of(tmp_path, checkpoints=checkpoints).run())
     assert sorted(checkpoints.store.steps()) == [4, 5]
+
+
+def test_going_back_renames_what_comes_after_only_when_the_remote_store_has_withdrawn_it(tmp_path: Path) -> None:
+    store, order = Store(tmp_path / "checkpoints"), list[str]()
+    asyncio.run(loop_of(tmp_path, checkpoints=Checkpoints(store, every=1)).run())
+
+    def withdraw(step: int) -> list[int]:
+        order.append(f"there, after {step}")
+        raise CheckpointError("RLKD-K014", "no access", where="s3")
+
+    def aside(step: int) -> list[int]:
+        order.append(f"here, after {step}")
+        return [5]
+
+    broken = Store(tmp_path / "checkpoints")
+    broken.withdraw_after = withdraw  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="no access"):
+        asyncio.run(loop_of(tmp_path, checkpoints=Checkpoints(broken, aside=aside), resume=4).run())
+    assert order == ["there, after 4"]
+    assert store.there() == [4, 5]
 
 
 def test_without_a_number_of_steps_the_time_between_saves_follows_what_a_save_takes(tmp_path: Path) -> None:

@@ -220,3 +220,25 @@ def test_a_watcher_that_fails_ends_the_run() -> None:
         asyncio.run(main())
     assert world.stop.request is not None
     assert "the watcher for preemption failed (ZeroDivisionError('oh'))" in world.stop.request.text
+
+
+def test_who_does_not_answer_is_asked_no_second_time_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlkd.preempt.ASK_S", 0.05)
+    never, asked, world = threading.Event(), [], World(PreemptConfig(poll_s=0.01))
+
+    def draining() -> Mapping[str, float]:
+        asked.append(1)
+        never.wait(60)
+        return {}
+
+    world.watcher.draining = draining
+
+    async def main() -> None:
+        async with watching(world.watcher):
+            await asyncio.sleep(0.3)
+
+    asyncio.run(main())  # with asyncio.to_thread this waits for a minute
+    assert asked == [1]
+    assert not never.is_set()
+    assert len(world.told) == 1
+    never.set()

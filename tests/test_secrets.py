@@ -1,5 +1,6 @@
 """Secrets are in no text that leaves the program."""
 
+import asyncio
 import io
 import json
 from pathlib import Path
@@ -8,12 +9,15 @@ from typing import Any
 import pytest
 
 from rlkd.config import load as config_load
+from rlkd.core.ports import Written
+from rlkd.core.types import Finish
 from rlkd.report import secrets
 from rlkd.report.files import Lines, as_json, replace_file
 from rlkd.report.isolated import Isolated
 from rlkd.report.progress import Progress
 from rlkd.report.secrets import Secrets, is_secret, pairs
 from rlkd.report.sinks import Wandb
+from rlkd.staff import Discreet
 
 CANARY = 'hf_TESTSECRET/with+odd"characters\\é'
 
@@ -157,3 +161,17 @@ def test_wandb_is_given_no_secret(tmp_path: Path, known: Secrets) -> None:
     assert not [n for n in notes if "off" in n.split()], notes
     assert any(b"redacted:WANDB_API_KEY" in c for c in content)
     assert not any(b"TESTSECRET" in c for c in content)
+
+
+@pytest.mark.faults("F65")
+def test_an_endpoint_that_sends_the_key_back(known: Secrets) -> None:
+    """What it writes is kept in traces.jsonl and trained on."""
+
+    class Echo:
+        async def write(self, messages: Any, seed: int = 0) -> Written:
+            return Written(f"I was sent Authorization: Bearer {CANARY}. 42", Finish.STOP, 9)
+
+    known.add("OPENAI_API_KEY", CANARY)
+    written = asyncio.run(Discreet(Echo()).write([]))
+    assert CANARY not in written.text
+    assert written == Written("I was sent Authorization: Bearer <redacted:OPENAI_API_KEY>. 42", Finish.STOP, 9)

@@ -151,6 +151,7 @@ def test_what_runs_already_with_other_files_is_not_replaced(tmp_path: Path) -> N
 # --- the cluster
 
 
+@pytest.mark.faults("F63")
 def test_too_few_gpus_are_named_node_by_node(tmp_path: Path) -> None:
     busy = node("10.0.0.2", False, 8.0, 4.0, free={"CPU": 8.0, "GPU": 1.0})
     client = FakeClient(nodes=[node(cpu=8.0), busy])
@@ -197,6 +198,7 @@ def test_a_run_that_waits_for_an_autoscaler_itself_is_submitted(tmp_path: Path) 
     assert "the run will wait 900 s for it (ray.wait_s)" in said.text
 
 
+@pytest.mark.faults("F63")
 @pytest.mark.parametrize(
     ("name", "there", "told"),
     [

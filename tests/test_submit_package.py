@@ -123,6 +123,7 @@ def test_a_file_that_is_missing_is_named_with_its_key(tmp_path: Path) -> None:
     assert "data.train.path: there is no prompts.jsonl here" in text
 
 
+@pytest.mark.faults("F68")
 def test_folders_travel_without_what_is_large_or_private(tmp_path: Path) -> None:
     for name in ("set/a.arrow", "set/.git/x", "set/runs/y", "set/w.safetensors", "set/__pycache__/z.pyc"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +168,7 @@ def test_more_files_by_name_or_pattern(tmp_path: Path) -> None:
     assert "--include /etc" in problem(recipe(tmp_path), include=["/etc"])
 
 
+@pytest.mark.faults("F68")
 def test_large_files_are_refused_by_name_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "big.jsonl").write_bytes(b"x" * 3_000_000)
     path = recipe(tmp_path, data={"train": {"kind": "jsonl", "path": "big.jsonl"}})

@@ -64,6 +64,7 @@ RANGES: Mapping[str, Range] = {
     "seed": SEED,
     "model.context": Range(at_least=2),  # one token of a prompt, one of an answer
     "data.max_prompt_tokens": COUNT,
+    "data.max_bad_fraction": SHARE,
     "schedule.steps": COUNT,
     "schedule.groups_per_step": COUNT,
     "schedule.staleness": NOT_NEGATIVE,

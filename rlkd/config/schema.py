@@ -50,6 +50,7 @@ class DataConfig:
     max_prompt_tokens: int | None = None  # None: what is left of the context beside the answer
     too_long: Literal["drop", "fail"] = "drop"  # prompts over it: left out, counted and shown; or an error
     bad_rows: Literal["fail", "drop"] = "fail"
+    max_bad_fraction: float = 0.1  # with drop: a larger share of a source's rows is an error all the same
     chat: bool = True  # put prompts through the chat template
 
 

@@ -31,6 +31,7 @@ class Rules:
     max_prompt_tokens: int
     too_long: Literal["drop", "fail"] = "drop"
     bad_rows: Literal["fail", "drop"] = "fail"
+    max_bad_fraction: float = 0.1  # with drop
     chat: bool = True  # put prompts through the chat template
     system: str | None = None  # a system message before every prompt that does not bring its own
     max_answer_tokens: int | None = None  # of a demonstration, its end token included; None: no limit
@@ -168,7 +169,8 @@ class _Reading:
         return False
 
     def _check(self, funnel: Funnel, where: str) -> None:
-        error = rows_error(funnel, self.taken, where, bad_rows=self.rules.bad_rows == "fail")
+        share = 0.0 if self.rules.bad_rows == "fail" else self.rules.max_bad_fraction
+        error = rows_error(funnel, self.taken, where, share)
         if error is not None:
             raise error
         if funnel.valid > funnel.fit and self.rules.too_long == "fail":

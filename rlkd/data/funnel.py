@@ -112,15 +112,16 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
-def rows_error(funnel: Funnel, taken: Sequence[TakenId], where: str, bad_rows: bool) -> DataError | None:
-    """Taken ids and, where they are errors, bad rows; the first LISTED of each by name. None: all is well."""
-    problems = [*(_bad_rows(funnel, where) if bad_rows else []), *_taken_ids(taken, where)]
+def rows_error(funnel: Funnel, taken: Sequence[TakenId], where: str, share: float) -> DataError | None:
+    """Taken ids and, if they are more than this share of all rows, bad rows; the first LISTED of each by name. None:
+    all is well."""
+    problems = [*_bad_rows(funnel, where, share), *_taken_ids(taken, where)]
     return _error(problems) if problems else None
 
 
-def _bad_rows(funnel: Funnel, where: str) -> list[Problem]:
+def _bad_rows(funnel: Funnel, where: str, share: float) -> list[Problem]:
     count = sum(funnel.reasons.values())
-    if not count:
+    if count <= share * funnel.read:
         return []
     kinds = ", ".join(f"{n:,} {reason}" for reason, n in funnel.reasons.items())
     listed = f"; the first {LISTED} follow" if count > LISTED else ""
@@ -128,7 +129,9 @@ def _bad_rows(funnel: Funnel, where: str) -> list[Problem]:
         "RLKD-D110",
         f"of {counted(funnel.read, 'row')} {count:,} cannot be used ({kinds}){listed}",
         where,
-        "mend them, or leave them out with data.bad_rows=drop",
+        f"is it the right file? over {share:.0%} are not left out; mend them, or raise data.max_bad_fraction"
+        if share
+        else "mend them, or leave them out with data.bad_rows=drop",
     )
     rows = [Problem("RLKD-D111", bad.what, bad.where, bad.fix) for bad in funnel.bad]
     return [head, *rows]

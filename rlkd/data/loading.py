@@ -24,6 +24,8 @@ class DataSettings(Protocol):
     @property
     def bad_rows(self) -> Literal["fail", "drop"]: ...
     @property
+    def max_bad_fraction(self) -> float: ...
+    @property
     def chat(self) -> bool: ...
 
 
@@ -42,8 +44,8 @@ def load_data(
     Raises ConfigError if they cannot, and what `dataset.load` raises.
     """
     rules = Rules(
-        _room(config.max_prompt_tokens, context, answer_tokens), config.too_long, config.bad_rows, config.chat, system,
-        answer_tokens,
+        _room(config.max_prompt_tokens, context, answer_tokens), config.too_long, config.bad_rows,
+        config.max_bad_fraction, config.chat, system, answer_tokens,
     )  # fmt: skip
     train = load(config.train, tokenizer, rules, "data.train")
     holdout = None if config.holdout is None else load(config.holdout, tokenizer, rules, "data.holdout")

@@ -205,7 +205,10 @@ class Store(Folder):
         fault("commit.before_rename")
         os.rename(draft, self.path(manifest.step))
         fault("commit.after_rename")
-        sync_directory(self.directory)
+        try:
+            sync_directory(self.directory)
+        except OSError as e:  # it has its name: to call that a failure would make the next save of this step one
+            self.tell("store", f"step {manifest.step} is saved, but a power failure now could still undo that: {e}")
 
     def _note_latest(self, step: int) -> None:
         """A hint for people. The checkpoint stands: whatever fails from here on is told, and nothing more."""

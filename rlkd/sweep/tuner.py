@@ -10,26 +10,31 @@ import asyncio
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray import tune
 
 from rlkd import inputs
 from rlkd.attempt import lost
 from rlkd.config.load import resolved
-from rlkd.config.stages import load
+from rlkd.config.stages import Stage, load
 from rlkd.core.errors import INFRASTRUCTURE, OK, PreflightError
 from rlkd.fleet import connect
 from rlkd.lease import held
+from rlkd.report import secrets
 from rlkd.report.files import replace_file
-from rlkd.sweep import page, record, resources, stopping, table
+from rlkd.sweep import page, record, resources, search, stopping, table
 from rlkd.sweep.check import checked, folder_name
 from rlkd.sweep.space import Space
 from rlkd.sweep.spec import combinations, overrides
 from rlkd.sweep.table import Row
 from rlkd.sweep.told import Told, say
+from rlkd.sweep.trial import Plan, Trial
+from rlkd.tune import trainable
 from rlkd.workers.placement import reserve
 
 ENVIRONMENT = {
@@ -54,7 +59,8 @@ def sweep(
     space = checked(recipe, given, str(space_file), trials, at_once)
     config = load(recipe, given)[0].config
     folder = Path(config.report.directory).resolve() / folder_name(str(space_file), name)
-    first = load(recipe, [*given, *overrides(combinations(space.specs, 1)[0])])
+    asked = Sweep(recipe, tuple(given), space, folder)
+    drawn, first = search.algorithm(space), asked.stages(combinations(space.specs, 1)[0])
     inputs.read(first[0].config)  # folders and data that are not there are told here, once
     record.refuse_other(folder, recipe, given, space)
     with held(folder, config.preempt.lease_s, lambda text: say("lease", text), lost):
@@ -64,8 +70,8 @@ def sweep(
             with stopping.saving(folder):
                 room = resources.group(first, space.settings.at_once)
                 asyncio.run(_room(resources.as_bundles(room), config.ray.wait_s))
-                rows = _tuned(recipe, given, space, folder)
-            return _told(rows, recipe, given, space, folder)
+                rows = asked.rows(asked.tuner(drawn).fit())
+            return asked.tell(rows)
         finally:
             ray.shutdown()
 
@@ -75,100 +81,118 @@ async def _room(wanted: list[Any], wait_s: float) -> None:
     (await reserve(wanted, wait_s)).release()
 
 
-def _tuned(recipe: str, given: Sequence[str], space: Space, folder: Path) -> list[Row]:
-    """Everything that is left of the sweep; all its trials."""
-    from ray import tune
+@dataclass(frozen=True)
+class Sweep:
+    """What was asked for."""
 
-    from rlkd.sweep import search
-    from rlkd.tune import trainable
+    recipe: str
+    given: tuple[str, ...]
+    space: Space
+    folder: Path
 
-    settings, runs = space.settings, folder / "runs"
-    made = trainable(
-        recipe, given, runs=runs, at_once=settings.at_once, metric=settings.metric, pbt=settings.scheduler == "pbt",
-        specs=space.specs,
-    )  # fmt: skip
-    parameters, drawn = search.parameters(space), search.algorithm(space)
-    stages = load(recipe, given)
-    every = stages[-1].config.evaluate.every or sum(s.config.schedule.steps for s in stages)
-    if record.restorable(folder):
-        say("sweep", f"{folder}: goes on")
-        tuner = tune.Tuner.restore(str(folder), made, resume_errored=True, param_space=parameters)
-    else:
-        say("sweep", f"{folder}: {space.trials} trials ({search.ways(settings)})   (the same command goes on)")
-        tuner = tune.Tuner(
+    def stages(self, values: Mapping[str, Any], *more: str) -> list[Stage]:
+        """The recipe with these values."""
+        return load(self.recipe, [*self.given, *overrides(values), *more])
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def tuner(self, drawn: Any) -> tune.Tuner:
+        """Tune's, new or restored. `drawn`: what draws the trials."""
+        space, settings = self.space, self.space.settings
+        made, parameters = self._trainable(), search.parameters(space)
+        if record.restorable(self.folder):
+            say("sweep", f"{self.folder}: goes on")
+            return tune.Tuner.restore(str(self.folder), made, resume_errored=True, param_space=parameters)
+        say("sweep", f"{self.folder}: {space.trials} trials ({search.ways(settings)})   (the same command goes on)")
+        return tune.Tuner(
             made,
             param_space=parameters,
             tune_config=tune.TuneConfig(
                 metric=settings.metric,
                 mode=settings.mode,
                 search_alg=drawn,
-                scheduler=search.scheduler(space, every, _longest(recipe, given, space), partial(_past, made.plan)),
+                scheduler=search.scheduler(space, self._every(), self._longest(), partial(_past, made.plan)),
                 num_samples=(settings.trials or 1) if settings.search == "grid" else space.trials,
                 trial_name_creator=record.name_of,
                 trial_dirname_creator=record.name_of,
             ),
             run_config=tune.RunConfig(
-                name=folder.name,
-                storage_path=str(folder.parent),
+                name=self.folder.name,
+                storage_path=str(self.folder.parent),
                 failure_config=tune.FailureConfig(max_failures=settings.failures),
                 callbacks=[Told(settings.metric, space.trials)],
                 verbose=0,
             ),
         )
-    found = tuner.fit()
-    rows = []
-    for result in found:
-        values = made.plan.values(result.config or {})
-        last = result.metrics or {}
-        lost = str(result.error).strip().splitlines()[-1] if result.error else ""
-        name = Path(result.path).name
-        trial = made.plan.stages(result.config or {})
-        rows.append(table.row(name, values, last, lost, trial, settings.metric, runs / name, bool(last)))
-    return sorted(rows, key=lambda r: r.name)
+
+    def _trainable(self) -> type[Trial]:
+        settings = self.space.settings
+        return trainable(
+            self.recipe, self.given, runs=self.runs, at_once=settings.at_once, metric=settings.metric,
+            pbt=settings.scheduler == "pbt", specs=self.space.specs,
+        )  # fmt: skip
+
+    def _every(self) -> int:
+        """Steps between two evaluations."""
+        stages = self.stages({})
+        return stages[-1].config.evaluate.every or _steps(stages)
+
+    def _longest(self) -> int:
+        """Steps of the longest trial."""
+        corners = combinations({k: s for k, s in self.space.specs.items() if k == "schedule.steps"}, 8)
+        return max(_steps(self.stages(one)) for one in corners)
+
+    def rows(self, found: tune.ResultGrid) -> list[Row]:
+        """All trials, by name."""
+        rows, plan = [], self._trainable().plan
+        for result in found:
+            values, last, name = plan.values(result.config or {}), result.metrics or {}, Path(result.path).name
+            why = str(result.error).strip().splitlines()[-1] if result.error else ""
+            stages, metric = self.stages(values), self.space.settings.metric
+            rows.append(table.row(name, values, last, why, stages, metric, self.runs / name, bool(last)))
+        return sorted(rows, key=lambda r: r.name)
+
+    def tell(self, rows: Sequence[Row]) -> int:
+        """The end: the table and the best trial on stdout, the files; the exit code."""
+        metric, mode = self.space.settings.metric, self.space.settings.mode
+        best = table.best(rows, mode)
+        lines, commands = [table.text(rows, metric, mode)], []
+        if best is not None:
+            name = f"{Path(self.recipe).stem}-best"
+            commands = [table.command(self.recipe, self.given, best.values, name)]
+            lines += ["", f"best: {best.name}, {metric} {table.shown(best.value)} after {best.step} steps", *commands]
+            stages = self.stages(best.values, f"name={name}")
+            if not stages[0].name:
+                replace_file(self.folder / "best.yaml", resolved(stages[0].config))
+                lines.append(f"the same as a recipe: {self.folder / 'best.yaml'}")
+            if (model := table.newest_model(self.runs / best.name)) is not None:
+                lines.append(f"its model: {model}")
+        title = f"{self.folder.name}: {metric} of {len(rows)} trials"
+        html = page.page(title, rows, metric, mode, best.name if best else None, commands)
+        replace_file(self.folder / "report.html", html)
+        lines.append(f"curves and parallel coordinates: {self.folder / 'report.html'}")
+        print(secrets.without("\n".join(lines)))
+        if missing := [r.name for r in rows if r.state in ("lost", "unfinished")]:
+            print(f"{', '.join(missing)}: not finished; the same command goes on with them", file=sys.stderr)
+            return INFRASTRUCTURE
+        if best is None:
+            raise PreflightError(
+                "RLKD-E603", f"no trial has a {metric}; the first: {rows[0].cause or rows[0].state}",
+                where=str(self.folder), fix="the table says what became of each",
+            )  # fmt: skip
+        return OK
 
 
-def _longest(recipe: str, given: Sequence[str], space: Space) -> int:
-    """Steps of the longest trial."""
-    corners = combinations({k: s for k, s in space.specs.items() if k == "schedule.steps"}, 8)
-    every = [load(recipe, [*given, *overrides(one)]) for one in corners]
-    return max(sum(stage.config.schedule.steps for stage in stages) for stages in every)
-
-
-def _past(plan: Any, trial: Any) -> Mapping[int, float]:
+def _past(plan: Plan, trial: Any) -> Mapping[int, float]:
     """What a trial that is restored had reported: the metric by step."""
     last = int(trial.last_result.get("step", -1)) if trial.last_result else -1
     if last < 0:
         return {}
-    curve = table.curve(plan.stages(trial.config), Path(plan.runs) / str(trial), plan.metric)
+    curve = table.curve(plan.stages(trial.config), Path(str(plan.runs)) / str(trial), plan.metric)
     return {step: value for step, value in curve.items() if step <= last}
 
 
-def _told(rows: Sequence[Row], recipe: str, given: Sequence[str], space: Space, folder: Path) -> int:
-    """The end: the table and the best trial on stdout, the files; the exit code."""
-    metric, mode = space.settings.metric, space.settings.mode
-    lines, commands, best = [table.text(rows, metric, mode)], [], table.best(rows, mode)
-    if best is not None:
-        again = f"{Path(recipe).stem}-best"
-        commands = [table.command(recipe, given, best.values, again)]
-        lines += ["", f"best: {best.name}, {metric} {table.shown(best.value)} after {best.step} steps", *commands]
-        stages = load(recipe, [*given, *overrides(best.values), f"name={again}"])
-        if not stages[0].name:
-            replace_file(folder / "best.yaml", resolved(stages[0].config))
-            lines.append(f"the same as a recipe: {folder / 'best.yaml'}")
-        if (model := table.newest_model(folder / "runs" / best.name)) is not None:
-            lines.append(f"its model: {model}")
-    title = f"{folder.name}: {metric} of {len(rows)} trials"
-    html = page.page(title, rows, metric, mode, best.name if best else None, commands)
-    replace_file(folder / "report.html", html)
-    lines.append(f"curves and parallel coordinates: {folder / 'report.html'}")
-    print("\n".join(lines))
-    missing = [r.name for r in rows if r.state in ("lost", "unfinished")]
-    if missing:
-        print(f"{', '.join(missing)}: not finished; the same command goes on with them", file=sys.stderr)
-        return INFRASTRUCTURE
-    if best is None:
-        raise PreflightError(
-            "RLKD-E603", f"no trial has a {metric}; the first: {rows[0].cause or rows[0].state}", where=str(folder),
-            fix="see above what each of them says",
-        )  # fmt: skip
-    return OK
+def _steps(stages: Sequence[Stage]) -> int:
+    return sum(stage.config.schedule.steps for stage in stages)

@@ -48,6 +48,7 @@ class Checkpoints:
     facts: Mapping[str, Any] = field(default_factory=dict)  # committed with every checkpoint
     # given a checkpoint's facts: True if it is of other prompts, and that is accepted; raises for one of another run
     accept: Callable[[Mapping[str, Any]], bool] = lambda _: False
+    aside: Callable[[int], list[int]] = lambda _: []  # rename the checkpoints here after this step; their steps
     promised: int | None = None  # the newest step that earlier attempts say they saved
     clock: Callable[[], float] = time.monotonic
     save_s: float | None = None  # measured, smoothed
@@ -81,7 +82,7 @@ class Checkpoints:
             return State()
         new_data = self.accept(found.manifest.facts)
         if step is not None:
-            await asyncio.to_thread(self.store.withdraw_after, step)
+            await self._go_back(step)
         saved = _read(found.path)
         ledger = Ledger.load(saved["ledger"], _unknown if new_data else prompt)
         state = State(saved["step"], _numbers(saved["last"]), ledger)
@@ -95,6 +96,14 @@ class Checkpoints:
         self._compare(found, {**digests, **own})
         self.step, self._since = state.step, self.clock()
         return state
+
+    async def _go_back(self, step: int) -> None:
+        """What comes after `step` is no checkpoint any more: in the remote store first, or an interruption in between
+        would bring it back from there."""
+        there, here = await asyncio.to_thread(self.store.withdraw_after, step), self.aside(step)
+        if gone := sorted({*there, *here}):
+            text = f"back to step {step}: the checkpoints of steps {', '.join(map(str, gone))} were renamed .old-…"
+            self.store.tell("resume", text)
 
     def _nothing_lost(self) -> None:
         if self.promised is not None:

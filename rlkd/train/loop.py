@@ -6,8 +6,8 @@
 `learn` consumes the P oldest groups and is woken by `put`; a producer waits for a slot and is woken by `release`.
 
 What a step did becomes true in one place (`_train`): weights, ledger, curriculum and counters move together, under the
-lock `idle`. Whatever ends the run, the last whole step is saved, unless its numbers are in doubt. A learner that dies
-is built again, and everything goes back to the last checkpoint with it.
+lock `saving.idle`. Whatever ends the run, the last whole step is saved (saving.py), unless its numbers are in doubt. A
+learner that dies is built again, and everything goes back to the last checkpoint with it.
 """
 
 import asyncio
@@ -25,16 +25,12 @@ from rlkd.core.errors import (
     BudgetReached,
     CheckpointError,
     ConfigError,
-    DataError,
     DivergedError,
     InfrastructureError,
     LearnerLost,
-    PreflightError,
-    SaveFailed,
     Stopped,
     WorkerLost,
 )
-from rlkd.core.interval import FIRST_SAVE_S
 from rlkd.core.ports import Algorithm, Curriculum, Learner, Services
 from rlkd.core.stop import Stop
 from rlkd.core.types import Group, Origin, Prompt
@@ -43,14 +39,13 @@ from rlkd.train.checkpoint import Checkpoints, State
 from rlkd.train.evaluate import Evaluator
 from rlkd.train.guards import Guards
 from rlkd.train.health import Alarm, PassRates
-from rlkd.train.ledger import SKIPPED, TRAINED, Row
+from rlkd.train.ledger import SKIPPED, TRAINED, Ledger, Row
 from rlkd.train.rollout import scored, verified
+from rlkd.train.saving import Saving
 from rlkd.train.stages import Stages
+from rlkd.train.turned_away import TurnedAway
 
 Result = TypeVar("Result")
-
-
-AGAIN_S = 2.0  # between two tries of a save that must not fail
 
 
 @dataclass(frozen=True)
@@ -78,31 +73,6 @@ class Reporter(Protocol):
 
 
 @dataclass
-class TurnedAway:
-    """How many groups were turned away since the last step, by reason: too many in a row end the run."""
-
-    bound: int
-    rates: PassRates  # of all groups since then, for advice
-    reasons: dict[str, int] = field(default_factory=dict)
-
-    def add(self, reason: str, samples: int) -> None:
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        total = sum(self.reasons.values())
-        if total > self.bound:
-            shares = ", ".join(f"{n / total:.0%} {why}" for why, n in sorted(self.reasons.items()))
-            raise DataError(
-                "RLKD-D020",
-                f"no learning signal: {total} groups in a row were turned away ({shares})",
-                where="schedule.max_turned_away",
-                fix=self.rates.advice(samples),
-            )
-
-    def clear(self) -> None:
-        self.reasons.clear()
-        self.rates.clear()
-
-
-@dataclass
 class Loop:
     schedule: Schedule
     algorithm: Algorithm
@@ -127,8 +97,15 @@ class Loop:
     async def run(self) -> int:
         """Run to the last step; the exit code. Raises Stopped when asked to stop; other errors as they come."""
         fresh = self.curriculum.state_dict()
-        self.step = self.restarts = self.failed_saves = 0
-        self.whole, self.held_s = False, 0.0
+        self.step, self.whole, self.held_s = 0, False, 0.0
+        self.last: Mapping[str, float] = {}
+        self.buffer = Buffer(self._slots, self.curriculum, Ledger())
+        self.restarts, self.saves = 0, 0  # of the learner; saves when it was lost last
+        self.saving = Saving(
+            self.checkpoints, self.learner, self.curriculum, self.stages, self.report, self.stop, self._state,
+            lambda: self.whole, self._score, self.schedule.steps, self.schedule.stall_s, self.margin_s,
+            self.max_failed_saves,
+        )  # fmt: skip
         lost: LearnerLost | None = None
         while True:
             try:
@@ -144,7 +121,6 @@ class Loop:
         """From the newest checkpoint, or from the start: state of the driver, of the learner and of the samplers."""
         self.curriculum.load_state_dict(dict(fresh))
         self.step, self.whole = 0, False
-        self.idle = asyncio.Lock()  # held while the learner's weights and the counters do not fit together
         with self.stages.stage("restore"):
             state = await self.checkpoints.restore(self.learner, self.curriculum, self._prompt, self.resume)
         self.resume = None  # a learner that is lost later goes back to the newest
@@ -178,10 +154,10 @@ class Loop:
             if errors := [e for task in done if (e := task.exception()) is not None]:  # and an error ends the run
                 error = min(errors, key=lambda e: isinstance(e, BudgetReached))  # whatever else is wrong comes first
                 if not isinstance(error, DivergedError | CheckpointError | LearnerLost):
-                    await self._save_before(error)
+                    await self.saving.before(error)
                 raise error
             if not tasks[0].done():
-                raise Stopped(RESUBMIT, await self._save_in_time(tasks[0]))
+                raise Stopped(RESUBMIT, await self.saving.in_time(tasks[0]))
         finally:
             for task in tasks:
                 task.cancel()
@@ -260,8 +236,8 @@ class Loop:
                 self.report.event(alarm.kind, alarm.text, step=self.step)
             self.checkpoints.store.news()
             if self.checkpoints.due(self.step, self.schedule.steps):
-                async with self.idle:
-                    await self._save(must=self.step == self.schedule.steps)
+                async with self.saving.idle:
+                    await self.saving.save(must=self.step == self.schedule.steps)
 
     async def _train(self, taken: Mapping[int, Done], groups: Sequence[Group]) -> list[Alarm]:
         """One optimizer step, and everything that becomes true with it: nothing is saved before that is so. What its
@@ -273,7 +249,7 @@ class Loop:
                 where="algorithm", fix="leave groups out in `credit`, one by one",
             )  # fmt: skip
         batch = pack(groups, self.learner.ranks, self.max_tokens, self.algorithm.whole_groups)
-        async with self.idle:
+        async with self.saving.idle:
             began, self.whole = time.monotonic(), False
             with self.stages.stage("learn", f"step {self.step}"):
                 metrics = await self.learner.update(batch, self.knobs)
@@ -308,9 +284,10 @@ class Loop:
         self.whole = False
         if self.stop.is_set():
             raise Stopped(
-                RESUBMIT, f"the learner was lost while the run was ending ({lost}); {self._stands()}"
+                RESUBMIT, f"the learner was lost while the run was ending ({lost}); {self.saving.stands()}"
             ) from lost
-        self.restarts += 1
+        self.restarts = self.restarts + 1 if self.saving.done == self.saves else 1
+        self.saves = self.saving.done
         text = f"{lost}: back to step {self.checkpoints.step or 0} (restart {self.restarts} of {self.max_restarts})"
         self.report.event("learner_lost", text, step=self.step, restart=self.restarts)
         if self.restarts > self.max_restarts:
@@ -324,90 +301,12 @@ class Loop:
             await asyncio.sleep(self.guards.settles_in_s())
             await self.learner.rebuild()
 
-    # --- checkpoints
+    def _state(self) -> State:
+        return State(self.step, self.last, self.buffer.ledger)
 
-    async def _save(self, must: bool = False) -> None:
-        """Commit the last whole step. A save that fails is told, and the run goes on; too many in a row end it. With
-        `must` nothing comes after it: it is tried again until then."""
-        state, result = State(self.step, self.last, self.buffer.ledger), self.evaluator.results.get(self.step)
-        score = result.estimates[0].value if result is not None and result.estimates else None
-        while True:
-            began = time.monotonic()
-            try:
-                with self.stages.stage("save", f"step {self.step}"):
-                    path = await self.checkpoints.save(state, self.learner, self.curriculum, score)
-                break
-            except (OSError, SaveFailed) as error:
-                self._save_failed(error)
-            if not must:
-                return
-            await asyncio.sleep(AGAIN_S)
-        self.failed_saves = self.restarts = 0
-        if path is not None:
-            took = time.monotonic() - began
-            self.report.event("checkpoint", f"saved step {self.step}", path=str(path), step=self.step, seconds=took)
-
-    def _save_failed(self, error: OSError | SaveFailed) -> None:
-        self.failed_saves += 1
-        text = f"step {self.step} could not be saved ({error}); {self._stands()}"
-        self.report.event("save_failed", text, step=self.step)
-        if self.failed_saves >= self.max_failed_saves:
-            raise PreflightError(
-                "RLKD-E170", f"{self.failed_saves} saves in a row failed; the last one: {error}", where="checkpoint",
-                fix="make room on the disk; the same command continues from the last checkpoint",
-            ) from error  # fmt: skip
-
-    def _stands(self) -> str:
-        there = self.checkpoints.step
-        if there is None:
-            there = max(self.checkpoints.store.there(), default=None)
-        return "nothing was saved yet" if there is None else f"the checkpoint of step {there} stands"
-
-    def _unsaved(self) -> bool:
-        """Whether there is a whole step that no checkpoint has."""
-        return self.whole and self.step > 0 and self.step != self.checkpoints.step
-
-    async def _save_before(self, error: BaseException) -> None:
-        """The run ends with this error; what it learned until then shall not be lost, if that can be."""
-
-        async def save() -> None:
-            async with self.idle:
-                if self._unsaved():
-                    await self._save(must=True)
-
-        if not self.whole and not self.step:
-            return
-        try:
-            await asyncio.wait_for(save(), self._save_takes() * 10 + self.schedule.stall_s)
-        except Exception as second:
-            text = f"step {self.step} could not be saved before the run ended: {second!r}; {self._stands()}"
-            self.report.event("save_failed", text, step=self.step)
-
-    async def _save_in_time(self, work: "asyncio.Task[Any]") -> str:
-        """Asked to stop: save, if that can be done before the deadline; what to tell the user. Rollouts under way are
-        not waited for: their prompts stay owed."""
-        request, left = self.stop.request, self.stop.left_s()
-        reason, again = f"{request.text}: " if request is not None else "", "the same command continues there"
-        if not self.step:
-            return f"{reason}nothing was trained in this attempt, and {self._stands()}; the same command goes on"
-        try:
-            async with asyncio.timeout(None if left is None else left - self._save_takes()):
-                await self.idle.acquire()
-        except TimeoutError:
-            return f"{reason}no time to save within {left:.0f} s; {self._stands()}; {again}"
-        if work.done() and (error := work.exception()) is not None:
-            raise error
-        if not self._unsaved():
-            return f"{reason}{self._stands()}; {again}"
-        left = self.stop.left_s()  # others may have asked meanwhile, for sooner
-        try:
-            await asyncio.wait_for(self._save(must=True), None if left is None else max(0.0, left - self.margin_s / 2))
-        except (TimeoutError, SaveFailed, PreflightError) as failed:
-            return f"{reason}step {self.step} could not be saved ({failed or 'no time'}); {self._stands()}; {again}"
-        return f"{reason}saved step {self.step} of {self.schedule.steps}; {again}"
-
-    def _save_takes(self) -> float:
-        return (self.checkpoints.save_s or FIRST_SAVE_S) + self.margin_s
+    def _score(self, step: int) -> float | None:
+        result = self.evaluator.results.get(step)
+        return result.estimates[0].value if result is not None and result.estimates else None
 
     async def _watch(self) -> None:
         await self.stages.watch(self.schedule.stall_s, self._late, self.guards.stalled, self.guards.counters)

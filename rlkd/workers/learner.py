@@ -118,12 +118,14 @@ class LearnerGroup:
         algorithm: Algorithm,
         deliver: Callable[[WeightRef], Awaitable[None]],
         end: Callable[[Any], None] = ray.kill,
+        withdraw: Callable[[], None] = lambda: None,
         seated: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`spawn(rank)` makes an actor of LearnerRank, `end` kills one; `deliver` gives weights to every sampler.
-        `seated` returns when there is a place for every rank, and is asked before they are made."""
+        """`spawn(rank)` makes an actor of LearnerRank, `end` kills one; `deliver` gives weights to every sampler,
+        `withdraw` says that what was delivered last is no longer there for new ones. `seated` returns when there is a
+        place for every rank, and is asked before they are made."""
         self._ranks, self._spawn, self._options, self._algorithm = ranks, spawn, options, algorithm
-        self._deliver, self._end, self._seated = deliver, end, seated
+        self._deliver, self._end, self._withdraw, self._seated = deliver, end, withdraw, seated
         self._actors: list[Any] = []
         self._places: list[dict[str, Any]] = []
 
@@ -134,6 +136,7 @@ class LearnerGroup:
     async def start(self) -> None:
         """New ranks, as at the very start: nothing is left of others that there were."""
         self.kill()
+        self._withdraw()  # new ranks remove what the old ones published
         if self._seated is not None:
             await self._seated()
         self._actors = [self._spawn(rank) for rank in range(self._ranks)]

@@ -122,6 +122,11 @@ class Pool(Crew):
         self._check()
         self.version = ref.version
 
+    def withdraw(self) -> None:
+        """The weights delivered last are not to be had any more: a new worker waits for the next ones. Nobody may ask
+        for work before."""
+        self._ref = None
+
     async def _deliver_to(self, slot: Slot, ref: WeightRef) -> None:
         handle = slot.handle
         slot.loading = True

@@ -116,7 +116,7 @@ def status(project: Path, cluster: Head, name: str) -> list[dict[str, Any]]:
     return attempts
 
 
-@pytest.mark.faults("F11", "F68", "F69")
+@pytest.mark.faults("F11", "F69")
 def test_a_run_is_stopped_in_the_middle_and_submitted_again_by_itself(
     cluster: Head, project: Path, quiet: Ledger
 ) -> None:

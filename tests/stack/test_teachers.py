@@ -350,8 +350,8 @@ def test_a_run_with_an_endpoint_that_misbehaves(tmp_path: Path, tiny: Path) -> N
 
 
 def test_a_run_and_a_check_with_a_local_writer(tmp_path: Path, tiny: Path) -> None:
-    """Its right texts come back as traces."""
-    path = recipe(tmp_path, tiny, teachers={"big": {"writer": {"engine": "hf", "max_tokens": 40}}})
+    """Of vLLM, as by default. Its right texts come back as traces."""
+    path = recipe(tmp_path, tiny, teachers={"big": {"writer": {"max_tokens": 40, "kv_cache_gib": 0.1}}})
     done = rlkd("train", str(path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "runs" / "t" / "traces.jsonl").read_text().splitlines()]
