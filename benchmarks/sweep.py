@@ -33,12 +33,12 @@ def recipe(folder: Path, model: str, **changes: Any) -> Path:
         "model": {"path": str(Path(model).resolve())},
         "data": {
             "train": {"kind": "arithmetic", "size": 2000, "split": "train"},
-            "holdout": {"kind": "arithmetic", "size": 40, "split": "holdout"},
+            "holdout": {"kind": "arithmetic", "size": 100, "split": "holdout"},
         },
         "algorithm": {"name": "grpo", "norm": "token", "rollout": {"samples": 4}},
         "rewards": {"arithmetic": {}},
         "schedule": {"steps": STEPS, "groups_per_step": 4},
-        "sampler": {"engine": "hf", "max_tokens": 24},
+        "sampler": {"engine": "hf", "max_tokens": 48},
         "learner": {"max_tokens": 2048},
         "evaluate": {"every": EVERY, "at_start": False},
         "checkpoint": {"every": 2},
@@ -57,7 +57,7 @@ def recipe(folder: Path, model: str, **changes: Any) -> Path:
 def space(folder: Path, trials: int, scheduler: str = "asha") -> Path:
     path = folder / "kills.yaml"
     sweep = {"trials": trials, "scheduler": scheduler, "reduction": 2, "seed": 3}
-    keys = {"learner.lr": {"loguniform": [1e-5, 1e-3]}, "schedule.groups_per_step": {"choice": [4, 6]}}
+    keys = {"learner.lr": {"loguniform": [1e-5, 1e-3]}, "schedule.groups_per_step": {"choice": [4, 8]}}
     path.write_text(yaml.safe_dump({"sweep": sweep, **keys}))
     return path
 

@@ -25,6 +25,8 @@ FORMAT = 1
 VARIABLE = "RLKD_CACHE"  # where it is kept, instead of the user's cache folder
 TOKENS = 1024  # of the micro-batch that is measured, at most
 TIMEOUT_S = 300.0
+COMMAND = ["-m", "rlkd.engines.calibrate"]
+LOOK_S, BUSY = 1.0, 0.2  # how long is looked at who else works here; the share of the cores that is too much
 
 
 def this_machine() -> Hardware:
@@ -40,7 +42,8 @@ def cores() -> int:
 def calibrated(
     config: Config, content: Mapping[str, Any], work: Work, say: Callable[[str], None], again: bool = False
 ) -> tuple[Hardware, Learned]:
-    """This machine and its learner, measured now or before. A cache that cannot be written is no error: it is told."""
+    """This machine and its learner, measured now or before. What was measured while others worked here is told, and
+    not kept; so is a cache that cannot be written."""
     lengths = work.lengths
     group = lengths.prompt + work.samples * lengths.answer
     groups = max(1, min(work.groups, int(min(config.learner.max_tokens, TOKENS) // group)))
@@ -51,13 +54,27 @@ def calibrated(
     file = folder() / f"{key}.json"
     found = None if again else _read(file)
     if found is None:
+        busy = _busy()
         found = _measured(content, batch, options, say)
-        try:
-            replace_file(file, json.dumps(found, indent=1))
-        except OSError as e:
-            say(f"not kept for the next time: {e.strerror}: {e.filename}")
+        if busy:
+            say(f"others use {busy:.0%} of this machine: what was measured is too slow, and is not kept")
+        else:
+            _keep(file, found, say)
     machine = cpu(float(psutil.virtual_memory().total), cores(), found["flops"], found["bandwidth"])
     return machine, Learned(**{name: found[name] for name in ("micro_s", "layer_s", "token_s", "token_layer_s")})
+
+
+def _busy() -> float:
+    """Share of the cores that others use now; 0 where it is too little to matter."""
+    share = psutil.cpu_percent(interval=LOOK_S) / 100
+    return share if share > BUSY else 0.0
+
+
+def _keep(file: Path, found: Mapping[str, float], say: Callable[[str], None]) -> None:
+    try:
+        replace_file(file, json.dumps(found, indent=1))
+    except OSError as e:
+        say(f"not kept for the next time: {e.strerror}: {e.filename}")
 
 
 def _measured(
@@ -66,7 +83,7 @@ def _measured(
     """In a process of its own, with the environment that workers get and all cores."""
     say(f"measuring this machine, once (kept in {folder()})")
     asked = json.dumps({"model": dict(content), "batch": batch, "threads": cores(), **options})
-    command = [sys.executable, "-m", "rlkd.engines.calibrate"]
+    command = [sys.executable, *COMMAND]
     try:
         done = subprocess.run(
             command,

@@ -37,7 +37,7 @@ def sweep(
         raise ConfigError("RLKD-C608", "which keys to search over?", where="command line", fix="--space FILE")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    secrets.learn(os.environ, recipe, overrides)
+    secrets.learn(os.environ, recipe, overrides or ())
     from rlkd.sweep import tuner
 
     return tuner.sweep(recipe, overrides or [], Path(space), name, trials, at_once)

@@ -106,7 +106,7 @@ def _basis(config: Config, asked: Asked, say: Callable[[str], None], lengths: Le
         name = DEFAULT if config.model.device == "cuda" or asked.gpus is not None or asked.scale else hardware.CPU
     machine = hardware.of(name, calibration.this_machine())
     if asked.gpus is not None or asked.scale:
-        offers.wanted(asked.gpus or 1, machine)
+        offers.wanted(1 if asked.gpus is None else asked.gpus, machine)
     policy = shape_of(config.model.path)
     frozen = {n: shape_of(_path(config, n), f"{_key(n)}.path") for n in {**scorers(config), **writers(config)}}
     if lengths is None:

@@ -44,11 +44,12 @@ class Nodes:
 
 def render(
     stages: Sequence[Stage], recipe: str, overrides: Sequence[str], platform: str, out: Path,
-    nodes: Nodes, settings: Settings, grace_s: int | None = None,
+    nodes: Nodes, settings: Settings, grace_s: int | None = None, said: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Write the files into `out`; what was written, for people and for programs.
 
-    `grace_s`: seconds between SIGTERM and the kill; None: what the plan says. ConfigError RLKD-C440 to C446,
+    `grace_s`: seconds between SIGTERM and the kill; None: what the plan says. `said`: the options of the command, for
+    the files' first lines. ConfigError RLKD-C440 to C446,
     PreflightError RLKD-E186 if a file in `out` is somebody else's.
     """
     configs = [stage.config for stage in stages]
@@ -61,7 +62,7 @@ def render(
     _check_sync(configs, {"docker": 1, "slurm": count}.get(platform, layout.nodes))
     grace = None if grace_s is not None else _grace(configs)
     total_s = grace_s if grace is None else grace.total_s
-    job = _job(configs[0], recipe, overrides, platform, settings, int(total_s or 0), node)
+    job = _job(configs[0], recipe, overrides, platform, settings, int(total_s or 0), node, said)
     files = _files(platform, job, layout, (count, with_learner), node, settings)
     return _written(files, out, _facts(platform, job, layout, count, node, grace))
 
@@ -105,17 +106,17 @@ def _grace(configs: Sequence[Config]) -> Grace:
     found = []
     for config in configs:
         run = Path(config.report.directory) / config.name
-        found.append(grace_of(config, shape_of(config.model.path).parameters, run=run if run.is_dir() else None))
+        found.append(grace_of(config, shape_of(config.model.path), run=run if run.is_dir() else None))
     return max(found, key=lambda g: g.total_s)
 
 
 def _job(
     config: Config, recipe: str, overrides: Sequence[str], platform: str, settings: Settings, grace_s: int,
-    node: Machine,
+    node: Machine, said: Sequence[str],
 ) -> Job:  # fmt: skip
     words = [*overrides, *added(config, platform, grace_s, settings.wait_s)]
-    by = MARK + shlex.join(["rlkd", "render", recipe, *overrides, "--for", platform])
-    for text in (recipe, *words):
+    by = MARK + shlex.join(["rlkd", "render", recipe, *overrides, "--for", platform, *said])
+    for text in (recipe, *words, *said):
         if not text.isprintable():
             raise ConfigError("RLKD-C443", f"{text!r}", where="command line", fix="one line of text")
         if secrets.without(text) != text:

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from rlkd.config.load import resolved
 from rlkd.config.schema import Config
 from rlkd.core.errors import RESUBMIT, PreflightError, Stopped
 from rlkd.core.ports import Sampling
-from rlkd.core.stop import Stop
 from rlkd.core.types import Prompt
 from rlkd.curriculum import Band, Difficulty, Uniform
 from rlkd.ending import announced, saving, started, translated
@@ -35,15 +34,8 @@ from rlkd.train.checkpoint import Checkpoints
 from rlkd.train.evaluate import Evaluator
 from rlkd.train.loop import Loop
 from rlkd.train.passk import Evaluation
+from rlkd.watch import Watch
 from rlkd.workers import drain
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Somebody who follows a run from another thread of its process: may ask it to stop, and hears every evaluation."""
-
-    stop: Stop = field(default_factory=Stop)
-    evaluated: Callable[[Config, int, Mapping[str, float]], None] = lambda *_: None  # in the run's own thread
 
 
 def train(

@@ -20,6 +20,7 @@ from rlkd.config.stages import Stage
 from rlkd.core.errors import OK, ConfigError, PreflightError
 from rlkd.lease import held
 from rlkd.report.files import replace_file
+from rlkd.watch import Watch
 
 INDEX = "stages.json"  # in the run's folder: the stages' folders, in order
 
@@ -29,11 +30,12 @@ def train(
     recipe: Path,
     resume: str = "auto",
     accept_new_data: bool = False,
-    watch: run.Watch | None = None,
+    watch: Watch | None = None,
 ) -> int:
     """Run what is left of the stages; the exit code of the last. The other arguments as in run.train."""
     if not stages[0].name:
-        return run.train(stages[0].config, recipe, resume, accept_new_data, watch=watch)
+        followed = () if watch is None else (False, watch)
+        return run.train(stages[0].config, recipe, resume, accept_new_data, *followed)
     root = run_directory(stages[0].config)
     names = [f"{number}-{stage.name}" for number, stage in enumerate(stages, 1)]
     _may_resume(root, resume)
@@ -49,7 +51,7 @@ def _all(
     root: Path,
     recipe: Path,
     accept_new_data: bool,
-    watch: run.Watch | None,
+    watch: Watch | None,
 ) -> int:
     code, start = OK, None
     for name, stage in zip(names, stages, strict=True):

@@ -1,5 +1,6 @@
 """Recipes and shapes for the tests of rlkd.plan."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ MACHINE = cpu(24 * 2.0**30, 2)
 
 def recipe(name: str = "grpo-tiny", **changes: Any) -> Config:
     """A recipe of configs/, with `learner__ranks=2` for learner.ranks=2."""
-    config = load(CONFIGS / f"{name}.yaml")
-    return changed(config, {key.replace("__", "."): value for key, value in changes.items()})
+    return changed(_loaded(name), {key.replace("__", "."): value for key, value in changes.items()})
+
+
+@cache
+def _loaded(name: str) -> Config:
+    return load(CONFIGS / f"{name}.yaml")
 
 
 def shape(name: str = "Qwen2.5-7B") -> Shape:

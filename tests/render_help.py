@@ -1,14 +1,14 @@
 """What `rlkd render` is asked in tests. `python -m tests.render_help` makes the examples in cluster/ again."""
 
-import os
+import contextlib
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from rlkd.models.get import get
+from typer.testing import CliRunner
+
+from rlkd import cli
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -31,19 +31,20 @@ EXAMPLES = {  # folder in cluster/ -> what follows `rlkd render`
 
 
 def place(folder: Path) -> None:
-    """Make a folder where the examples' commands work: the recipes, and the demo's student."""
+    """Make a folder where the examples' commands work: the recipes, and the shape of the demo's student."""
     shutil.copytree(ROOT / "configs", folder / "configs")
-    get("tiny", folder / "models" / "tiny")
+    (folder / "models" / "tiny").mkdir(parents=True)
+    shutil.copy(ROOT / "rlkd" / "models" / "tiny_student" / "config.json", folder / "models" / "tiny")
 
 
 def make_again() -> None:
     """Write cluster/ by the commands of EXAMPLES."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.chdir(temporary):
         place(Path(temporary))
         for folder, words in EXAMPLES.items():
-            command = [sys.executable, "-m", "rlkd", "render", *shlex.split(words), "--out", str(CLUSTER / folder)]
-            subprocess.run(command, cwd=temporary, env=environment, check=True)
+            result = CliRunner().invoke(cli.app, ["render", *shlex.split(words), "--out", str(CLUSTER / folder)])
+            assert result.exit_code == 0, result.output
+            print(f"rlkd render {words}\n{result.stdout}")
 
 
 if __name__ == "__main__":

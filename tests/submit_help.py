@@ -128,6 +128,7 @@ def recipe(folder: Path, **changes: Any) -> Path:
         "rewards": {"arithmetic": {}},
         "schedule": {"steps": 9, "groups_per_step": 2},
         "sampler": {"engine": "hf"},
+        "evaluate": {"at_start": False, "at_end": False},
     }
     for key, value in changes.items():
         base[key] = {**base.get(key, {}), **value} if isinstance(value, dict) else value

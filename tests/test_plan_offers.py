@@ -15,7 +15,7 @@ from rlkd.plan.plan import Plan, planned
 from rlkd.plan.work import Lengths, assumed
 from tests.plan_help import MACHINE, plan, recipe, shape
 
-LENGTHS = Lengths(200, 1000, 1024, 4096, "a test")
+LENGTHS = Lengths(200.0, 1000.0, 1024, 4096, "a test")
 SIZES = {"sampler__max_tokens": 4096, "data__max_prompt_tokens": 1024, "learner__max_tokens": 16384,
          "model__context": 8192}  # fmt: skip
 
@@ -24,16 +24,21 @@ def wide(model: str = "Qwen2.5-7B", hardware: Hardware = GPUS["H100"], **changes
     return plan(recipe(**{**SIZES, **changes}), model, hardware, LENGTHS)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    model=st.sampled_from(["Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen2.5-32B", "Llama-3.1-70B"]),
-    name=st.sampled_from(sorted(GPUS)), ranks=st.sampled_from([1, 2, 4, 8]), shared=st.booleans(),
-)  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "name", "ranks", "shared"),
+    [
+        ("Qwen2.5-1.5B", "RTX4090", 1, False),
+        ("Qwen2.5-7B", "L40S", 4, False),
+        ("Qwen2.5-7B", "A100-80", 8, True),
+        ("Llama-3.1-70B", "H200", 2, False),
+    ],
+)
 def test_what_is_offered_fits(model: str, name: str, ranks: int, shared: bool) -> None:
     found = wide(model, GPUS[name], learner__ranks=ranks, ray__share_gpus=shared)
-    if found.fits:
-        return
-    for offer in offers.offers(found, LENGTHS):
+    assert not found.fits
+    ways = offers.offers(found, LENGTHS)
+    assert ways
+    for offer in ways:
         config = changed(found.config, offer.changes)
         again = planned(config, found.models, found.hardware, LENGTHS)
         assert again.fits
@@ -71,7 +76,7 @@ def test_on_a_cpu_all_processes_share_one_machine() -> None:
     config = recipe("grpo-smollm2")
     lengths = assumed(config, shape("SmolLM2-135M"))
     assert plan(config, "SmolLM2-135M", MACHINE, lengths).fits
-    small = plan(config, "SmolLM2-135M", cpu(7.0 * GIB, 2), lengths)
+    small = plan(config, "SmolLM2-135M", cpu(9.0 * GIB, 2), lengths)
     assert not small.fits
     assert "all processes need" in small.shortages[0].what
     ways = offers.offers(small, lengths)
@@ -86,11 +91,11 @@ def test_the_sampler_needs_room_for_one_context() -> None:
     assert any("does not divide the model's 14 heads" in s.what for s in odd.shortages)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(gpus=st.integers(2, 64))
 def test_splits_use_exactly_so_many(gpus: int) -> None:
     config = recipe(**SIZES)
-    found = [devices(changed(config, c), GPUS["H100"]) for c in splits(config, gpus)]
+    found = [devices(changed(config, c), GPUS["H100"]) for c in splits(config, gpus, 1)]
     assert found
     assert {d.total for d in found} == {gpus}
     assert found[-1].shared
@@ -105,11 +110,12 @@ def test_the_best_way_fits_and_uses_them_all(gpus: int) -> None:
     assert offer.plan.devices.total == gpus
 
 
-def test_more_gpus_are_never_slower() -> None:
+def test_more_gpus_of_one_node_are_never_slower() -> None:
+    """Beyond one node weights and gradients pass a network, and a step may take longer."""
     found = wide("Qwen2.5-1.5B", schedule__groups_per_step=64, schedule__staleness=1)
-    rows = offers.table(found, (1, 2, 4, 8, 16, 32), LENGTHS)
+    rows = offers.table(found, (1, 2, 4, 8), LENGTHS)
     took = [o.plan.step.step for _, o in rows if o is not None]
-    assert len(took) >= 5
+    assert len(took) == 4
     assert took == sorted(took, reverse=True)
 
 

@@ -9,6 +9,7 @@ import pytest
 from rlkd.core.interval import interval_s
 from rlkd.plan import saving
 from rlkd.plan.saving import Grace, checkpoint, grace, measured, save_seconds
+from rlkd.store.store import Store
 from rlkd.train.checkpoint import Checkpoints
 from tests.plan_help import recipe, shape
 
@@ -26,13 +27,10 @@ def test_ranks_write_at_once_but_rank_0_the_model() -> None:
     assert many > 4e9 / saving.WRITE_BYTES_PER_S
 
 
-def test_youngs_interval_is_that_of_the_run() -> None:
-    assert interval_s(2.0, 4 * 3600) == pytest.approx(math.sqrt(2 * 2 * 4 * 3600))
+def test_youngs_interval_is_that_of_the_run(tmp_path: Path) -> None:
+    assert interval_s(2.0, 14400.0) == pytest.approx(math.sqrt(2 * 2 * 4 * 3600))
 
-    class Nothing:  # the interval needs no store
-        pass
-
-    saves = Checkpoints(Nothing(), None, 14400.0)  # type: ignore[arg-type]
+    saves = Checkpoints(Store(tmp_path), None, 14400.0)
     saves.save_s = 7.0
     assert saves.interval_s == interval_s(7.0, 14400.0)
 

@@ -214,7 +214,7 @@ def test_the_grace_is_the_plans(recipe: str, least: int, here: Path) -> None:
     from rlkd.plan.shape import shape_of
 
     config = load(recipe)
-    planned = grace(config, shape_of(config.model.path).parameters).total_s
+    planned = grace(config, shape_of(config.model.path)).total_s
     assert planned >= least
     for name, file in (("kuberay", "rayjob.yaml"), ("slurm", "job.sbatch")):
         result = invoke(f"{recipe} --for {name} --shared /s --claim c --out {name} --json")

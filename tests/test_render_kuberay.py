@@ -157,7 +157,7 @@ KEYS = st.sampled_from(["a", "a.b/c", "x_y", "0"])
 VALUES = st.sampled_from(["", "true", "1", "null", "a.b", "no"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     PLAIN,
     st.lists(PLAIN, max_size=3),

@@ -33,7 +33,8 @@ class Run:
         self.folder, self.text = folder, text
         self.environment = {
             **os.environ, "PATH": f"{STUBS}:{os.environ['PATH']}", "STUBS": str(folder), "SLURM_JOB_ID": "4711",
-            "SLURM_JOB_NAME": "demo-1", "SLURM_JOB_NODELIST": "node[1-3]", "RLKD_STOP_WAIT": "2", **environment,
+            "SLURM_JOB_NAME": "demo-1", "SLURM_JOB_NODELIST": "node[1-3]", "RLKD_STOP_WAIT": "2",
+            "RAYS": "3", **environment,
         }  # fmt: skip
         (folder / "job.sbatch").write_text(text)
         self.process = subprocess.Popen(
@@ -45,9 +46,9 @@ class Run:
         file = self.folder / "calls"
         return file.read_text().splitlines() if file.exists() else []
 
-    def until(self, name: str) -> None:
-        """A stand-in has made this file."""
-        end = time.monotonic() + 30
+    def until(self, name: str, seconds: float = 30) -> None:
+        """This file is there."""
+        end = time.monotonic() + seconds
         while not (self.folder / name).exists():
             assert time.monotonic() < end, self.calls()
             assert self.process.poll() is None, self.process.communicate()
@@ -58,8 +59,8 @@ class Run:
         for task in (self.folder / "tasks").read_text().split():
             os.killpg(int(task), signal.SIGTERM)
 
-    def end(self) -> tuple[int, str]:
-        _, said = self.process.communicate(timeout=60)
+    def end(self, seconds: float = 60) -> tuple[int, str]:
+        _, said = self.process.communicate(timeout=seconds)
         return self.process.returncode, said
 
     def left(self) -> list[int]:
@@ -134,8 +135,8 @@ def test_a_run_to_its_end(tmp_path: Path, started: Callable[..., Run]) -> None:
     port = 20000 + 4711
     stable = '--resources={"stable": 1}'
     assert rays == [
-        f"ray start {common} --address=node1:{port} procid=1 grace=90",
         f"ray start {common} --address=node1:{port} {stable} procid=0 grace=90",
+        f"ray start {common} --address=node1:{port} procid=1 grace=90",
         f"ray start {common} --head --port={port} --include-dashboard=false --temp-dir=/tmp/rlkd-4711 {stable} "
         "procid=0 grace=90",
     ]
@@ -214,7 +215,7 @@ def test_a_head_that_does_not_come_up(tmp_path: Path, started: Callable[..., Run
     code, said = run.end()
     assert code == 3
     assert "Ray's head on node1 did not come up within 300 s; nothing was started" in said
-    assert f"The end of {tmp_path}/demo-1-4711-ray-head.log:\ncannot bind the port" in said
+    assert f"The end of {tmp_path}/demo-1-4711-0-ray-head.log:\ncannot bind the port" in said
     assert not any(c.startswith("rlkd") for c in run.calls())
 
 
@@ -227,8 +228,23 @@ def test_a_head_that_is_never_well(tmp_path: Path, started: Callable[..., Run]) 
     assert run.left() == []
 
 
+def test_the_run_starts_when_all_nodes_are_there(started: Callable[..., Run]) -> None:
+    run = started(ENDS="0")
+    run.end()
+    calls = run.calls()
+    (rlkd,) = [i for i, call in enumerate(calls) if call.startswith("rlkd")]
+    assert sum(call.startswith("ray start") for call in calls[:rlkd]) == 3
+
+
+def test_nodes_that_do_not_join_are_told(started: Callable[..., Run]) -> None:
+    run = started(ENDS="0", RAY_SLOW="1", RLKD_HEAD_WAIT="2", RLKD_NODES_WAIT="1")
+    code, said = run.end()
+    assert code == 0
+    assert "warning: 1 of 3 Ray nodes are there, and the run starts" in said
+
+
 def test_one_node_has_no_other_steps(tmp_path: Path, started: Callable[..., Run]) -> None:
-    run = started(script(tmp_path, nodes=1, with_learner=1), ENDS="0")
+    run = started(script(tmp_path, nodes=1, with_learner=1), ENDS="0", RAYS="1")
     assert run.end()[0] == 0
     assert sum(c.startswith("ray start") for c in run.calls()) == 1
 

@@ -209,8 +209,9 @@ def test_an_address_that_never_answers() -> None:
 def test_the_address_that_is_given_is_not_replaced_by_one_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ENVIRONMENT:
         monkeypatch.setenv(name, "http://elsewhere.invalid:1")
-    with pytest.raises(PreflightError, match=r"127\.0\.0\.1"):
+    with pytest.raises(PreflightError) as given:
         connect("http://127.0.0.1:9")
+    assert "elsewhere" not in str(given.value)
     with pytest.raises(PreflightError, match=r"elsewhere\.invalid"):
         connect(None)
     for name in ENVIRONMENT:

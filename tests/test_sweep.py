@@ -28,7 +28,6 @@ from rlkd.core.errors import (
 )
 from rlkd.core.stop import StopRequest
 from rlkd.report.files import replace_file
-from rlkd.run import Watch
 from rlkd.store.store import Store
 from rlkd.sweep import follow, record, resources, search, stopping, table
 from rlkd.sweep.follow import Following, before, recorded
@@ -38,6 +37,7 @@ from rlkd.sweep.spec import Spec
 from rlkd.sweep.table import Row
 from rlkd.sweep.trial import STOP, Plan, Trial
 from rlkd.tune import trainable
+from rlkd.watch import Watch
 from rlkd.workers.placement import Bundle, seated
 from tests.store_help import is_of, saved
 from tests.sweep_help import EVERY, read, recipe, space_file
@@ -58,11 +58,11 @@ def run_with(folder: Path, *steps: int) -> Path:
 
 
 def test_a_fork_has_the_other_s_checkpoint_and_none_of_its_own_later_ones(tmp_path: Path) -> None:
-    donor, own = run_with(tmp_path / "donor", 10, 20), run_with(tmp_path / "own", 10, 20, 30)
+    donor, own = run_with(tmp_path / "donor", 10, 20), run_with(tmp_path / "own", 20, 30)
     (own / "checkpoints/step-000020/driver.json").write_bytes(b"mine")
     assert forked(Origin(donor, 20), own, {"learner.lr": 2e-4}) == 20
     store = Store(own / "checkpoints")
-    assert store.there() == [10, 20]
+    assert store.there() == [20]
     assert store.verify(20) == []
     assert is_of(store.path(20), 20)
     facts = store.at(20).manifest.facts
@@ -405,8 +405,8 @@ def test_asha_remembers_what_was_told_before_a_restore() -> None:
         )  # fmt: skip
         trials = [OfTune(n) for n in range(3)]
         for one in trials:
-            asha.on_trial_add(None, one)  # type: ignore[arg-type]
-        return str(asha.on_trial_result(None, trials[2], {"step": 5, METRIC: 0.1}))  # type: ignore[arg-type]
+            asha.on_trial_add(None, one)
+        return str(asha.on_trial_result(None, trials[2], {"step": 5, METRIC: 0.1}))
 
     assert verdict(past) == "STOP"
     assert verdict({}) == "CONTINUE"

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def learner(content: Mapping[str, Any], batch: Batch, head_rows: int, checkpoint
         policy = _policy(content, layers, head_rows, checkpointing)
         for size in (small, batch):
             x = _micro_batch(policy.vocabulary, size)
-            seconds[layers, size] = _best(lambda x=x, policy=policy: _pass(policy, x), REPEATS)
+            seconds[layers, size] = _best(partial(_pass, policy, x), REPEATS)
         del policy
     layer = {size: max(0.0, (seconds[MORE, size] - seconds[FEW, size]) / (MORE - FEW)) for size in (small, batch)}
     rest = {size: max(0.0, seconds[FEW, size] - FEW * layer[size]) for size in (small, batch)}

@@ -54,8 +54,8 @@ def compared(plan: Plan, rows: Sequence[Row]) -> list[Compared]:
     found.append(Compared("tokens written", "/s", plan.tokens_per_s, _median(rows, "tokens_per_second")))
     for role in ("learner", "rollout"):
         memory = plan.memory[role]
-        measured = [v for r in rows if (v := r.get(f"memory/{role}_peak_gib")) is not None]
-        found.append(Compared(f"memory of a {role}", "GiB", memory.total / GIB, max(measured, default=math.nan)))
+        held = [v for r in rows if (v := r.get(f"memory/{role}_peak_gib")) is not None]
+        found.append(Compared(f"memory of a {role}", "GiB", memory.total / GIB, max(held, default=math.nan)))
     return found
 
 

@@ -49,14 +49,14 @@ def changed(config: Config, changes: Changes) -> Config:
     return config
 
 
-def splits(config: Config, gpus: int) -> Iterator[Changes]:
-    """Ways to use exactly so many GPUs: learner ranks and rollout workers apart, and on the same ones. Only what
-    differs from the recipe is named."""
-    tensors, others = config.sampler.tensor_parallel, sum(scorers(config).values()) + sum(writers(config).values())
+def splits(config: Config, gpus: int, tensors: int) -> Iterator[Changes]:
+    """Ways to use exactly so many GPUs: learner ranks and rollout workers apart, and on the same ones; a rollout worker
+    has `tensors` of them. Only what differs from the recipe is named."""
+    others = sum(scorers(config).values()) + sum(writers(config).values())
     for workers in _some((gpus - others - 1) // tensors):
-        yield _differing(config, gpus - others - workers * tensors, workers, False)
+        yield _differing(config, gpus - others - workers * tensors, workers, tensors, False)
     if gpus % tensors == 0:
-        yield _differing(config, gpus, gpus // tensors, True)
+        yield _differing(config, gpus, gpus // tensors, tensors, True)
 
 
 def _some(most: int) -> list[int]:
@@ -67,11 +67,11 @@ def _some(most: int) -> list[int]:
     return found
 
 
-def _differing(config: Config, ranks: int, workers: int, shared: bool) -> Changes:
-    wanted = {"learner.ranks": ranks, "sampler.workers": workers, "ray.share_gpus": shared}
-    has = {
-        "learner.ranks": config.learner.ranks,
-        "sampler.workers": config.sampler.workers,
-        "ray.share_gpus": config.ray.share_gpus,
+def _differing(config: Config, ranks: int, workers: int, tensors: int, shared: bool) -> Changes:
+    wanted = {
+        "learner.ranks": (ranks, config.learner.ranks),
+        "sampler.workers": (workers, config.sampler.workers),
+        "sampler.tensor_parallel": (tensors, config.sampler.tensor_parallel),
+        "ray.share_gpus": (shared, config.ray.share_gpus),
     }
-    return {key: value for key, value in wanted.items() if value != has[key]}
+    return {key: new for key, (new, old) in wanted.items() if new != old}

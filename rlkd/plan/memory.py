@@ -20,7 +20,7 @@ BUCKET = 50_000_000  # elements of DeepSpeed's gradient bucket (engines/learner_
 CHUNK_LOGITS = 2**22  # logits held at once whatever the number of rows (core/logprob.py)
 PADDING = 1.15  # of attention's padded blocks (engines/attention.py: at most a quarter)
 # What a process holds before it has a model; measured on a CPU, see benchmarks/results/plan.md.
-BASE = {"learner": 0.75 * GIB, "vllm": 1.2 * GIB, "hf": 0.6 * GIB, "scorer": 0.6 * GIB}
+BASE = {"learner": 0.75 * GIB, "vllm": 0.75 * GIB, "hf": 0.6 * GIB, "scorer": 0.6 * GIB}
 CUDA = 1.2 * GIB  # context, NCCL's buffers; assumed
 FRAGMENTS = 0.05  # of what torch's allocator holds on a GPU; assumed
 
@@ -35,11 +35,11 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(self.parts.values())
+        return sum(self.parts.values(), 0.0)
 
     @property
     def host_total(self) -> float:
-        return sum(self.host.values())
+        return sum(self.host.values(), 0.0)
 
 
 def activations(shape: Shape, element: int, checkpointing: bool, flash: bool) -> float:
@@ -57,7 +57,7 @@ def activations(shape: Shape, element: int, checkpointing: bool, flash: bool) ->
     attention = 2 * padded * queries + queries + 2 * padded * keys
     layer = (norms + attention + 4 * i) * element
     kept = h * element * shape.layers + layer if checkpointing else layer * shape.layers
-    return kept + 3 * h * element  # the last norm, and the states that the head reads
+    return float(kept + 3 * h * element)  # the last norm, and the states that the head reads
 
 
 def head(shape: Shape, rows: float, head_rows: int, element: int) -> float:
@@ -86,7 +86,16 @@ def learner(config: Config, shape: Shape, work: Work, hardware: Hardware) -> Mem
         host["process"] = BASE["learner"]
     else:
         parts["process"] = BASE["learner"]
+        if ranks > 1 and stage:
+            parts["collectives"] = _collectives(shape, w, stage)
     return Memory("learner", parts, host)
+
+
+def _collectives(shape: Shape, w: int, stage: int) -> float:
+    """What gloo copies on a CPU: ZeRO-1 and 2 gather all weights through one flat tensor, 2 and 3 reduce a bucket in
+    another. The heap keeps what was freed before (workers/threads.py), in holes too small for these."""
+    gathered = float(w * shape.parameters) if stage < 3 else 0.0
+    return gathered + (min(float(BUCKET), float(shape.parameters)) * w if stage >= 2 else 0.0)
 
 
 def _states(shape: Shape, w: int, stage: int, ranks: int, offload: bool) -> tuple[dict[str, float], dict[str, float]]:
@@ -112,7 +121,9 @@ def _states(shape: Shape, w: int, stage: int, ranks: int, offload: bool) -> tupl
 
 def micro_batch(config: Config, work: Work) -> float:
     """Computed tokens of the largest micro-batch: learner.max_tokens, or all a rank has to do."""
-    return min(float(config.learner.max_tokens), max(work.most_computed / config.learner.ranks, work.lengths.longest))
+    return min(
+        float(config.learner.max_tokens), max(work.most_computed / config.learner.ranks, float(work.lengths.longest))
+    )
 
 
 def sampler(config: Config, shape: Shape, work: Work, hardware: Hardware) -> Memory:
@@ -125,13 +136,16 @@ def sampler(config: Config, shape: Shape, work: Work, hardware: Hardware) -> Mem
         rest = _around_sampler(shape, w)
         parts = {"weights": weights, "runtime": rest, "keys and values": max(0.0, taken - weights - rest)}
         return Memory("rollout", parts, {"process": BASE["vllm"]})
-    kv = s.kv_cache_gib * GIB if s.engine == "vllm" else work.samples * work.lengths.longest * shape.kv_bytes(w)
+    kv = s.kv_cache_gib * GIB if s.engine == "vllm" else float(work.samples * work.lengths.longest * shape.kv_bytes(w))
     logits = min(s.max_num_seqs, work.sequences) * shape.vocabulary * 4 * 3
     parts = {"weights": weights, "keys and values": kv, "logits": float(logits)}
     if hardware.gpu:
         return Memory("rollout", {**parts, "runtime": CUDA}, {"process": BASE[s.engine]})
-    # a published version is mapped while it is loaded
-    return Memory("rollout", {**parts, "version that is loaded": weights, "process": BASE[s.engine]}, {})
+    # a published version is mapped while it is loaded; vLLM keeps packed weights, and makes new ones meanwhile
+    parts["version that is loaded"] = weights
+    if s.engine == "vllm":
+        parts["packing"] = weights
+    return Memory("rollout", {**parts, "process": BASE[s.engine]}, {})
 
 
 def _around_sampler(shape: Shape, w: int) -> float:

@@ -4,20 +4,22 @@ rules. What is offered fits."""
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 from rlkd.config import contradictions
 from rlkd.core.errors import ConfigError
 from rlkd.plan.devices import Changes, changed, splits
 from rlkd.plan.hardware import Hardware
-from rlkd.plan.plan import Plan, planned
+from rlkd.plan.plan import Plan, fits, planned
+from rlkd.plan.precision import weight_size
 from rlkd.plan.seconds import Learned
 from rlkd.plan.work import Lengths
 
 AT_ONCE = 4  # settings of one offer
-SHOWN = 3
 ROUND = 256  # tokens that limits are rounded up to
 MOST_DEVICES = 1024
+MOST_TENSORS = 8
+COUNTS = ("learner.ranks", "sampler.tensor_parallel", "ray.share_gpus")  # settings that a split of the devices has made
 
 
 @dataclass(frozen=True)
@@ -36,58 +38,78 @@ def _shown(value: object) -> str:
 
 
 def offers(plan: Plan, lengths: Lengths, learned: Learned | None = None) -> list[Offer]:
-    """At most three ways to make a plan fit that does not: the fewest settings on the same devices first, then the
-    fewest devices; of each the fastest. Empty if nothing that is tried here fits."""
-    moves = list(_moves(plan, lengths))
+    """At most three ways to make a plan fit that does not: the one with the fewest devices, the one with the fewest
+    settings, and the fastest with at most twice the fewest devices. Empty if nothing that is tried here fits."""
     found: list[Offer] = []
     for size in range(1, AT_ONCE + 1):
-        tried = (c for c in combinations(moves, size) if len({key for key, _ in c}) == size)
-        fitting = [o for c in tried if (o := _tried(plan, dict(c), lengths, learned)) is not None]
-        found += fitting
-        if any(o.plan.devices.total <= plan.devices.total for o in fitting) or (size > 2 and found):
+        found += _fitting(plan, None, plan, size, lengths, learned)
+        if any(o.plan.devices.total <= plan.devices.total for o in found) or (size > 2 and found):
             break
-    ranked = sorted(found, key=lambda o: (o.plan.devices.total, len(o.changes), o.plan.step.step))
-    few: dict[tuple[int, int], Offer] = {}
-    for offer in ranked:
-        few.setdefault((offer.plan.devices.total, len(offer.changes)), offer)
-    return list(few.values())[:SHOWN]
+    if not found:
+        return []
+    fewest = min(found, key=lambda o: (o.plan.devices.total, o.plan.step.step))
+    simplest = min(found, key=lambda o: (len(o.changes), o.plan.devices.total, o.plan.step.step))
+    near = [o for o in found if o.plan.devices.total <= 2 * fewest.plan.devices.total]
+    fastest = min(near, key=lambda o: o.plan.step.step)
+    return list({str(o): o for o in (fewest, simplest, fastest)}.values())
 
 
 def best(plan: Plan, gpus: int, lengths: Lengths, learned: Learned | None = None) -> Offer | None:
     """The fastest way to run the recipe on so many GPUs that fits; if none does as it is, with other settings too."""
-    found = [o for c in splits(plan.config, gpus) if (o := _tried(plan, c, lengths, learned)) is not None]
+    ways = list(splits(plan.config, gpus, _tensors(plan)))
+    found = [o for c in ways if (o := _tried(plan, c, lengths, learned)) is not None]
     if found:
         return min(found, key=lambda o: o.plan.step.step)
-    thin = [c for i, c in enumerate(splits(plan.config, gpus)) if i in _spread(gpus)]
+    places = {0, len(ways) // 4, len(ways) // 2, 3 * len(ways) // 4, len(ways) - 1} if ways else set()
+    few = [ways[i] for i in sorted(places)]
     for size in range(1, AT_ONCE):
-        for split in thin:
+        for split in few:
             base = planned(changed(plan.config, split), plan.models, plan.hardware, lengths, learned)
-            moves = [m for m in _moves(base, lengths) if m[0] not in ("learner.ranks", "sampler.tensor_parallel")]
-            for c in combinations(moves, size):
-                if len({key for key, _ in c}) < size:
-                    continue
-                offer = _tried(plan, {**split, **dict(c)}, lengths, learned)
-                if offer is not None and offer.plan.devices.total == gpus:
-                    found.append(offer)
+            found += _fitting(plan, split, base, size, lengths, learned)
         if found:
             return min(found, key=lambda o: o.plan.step.step)
     return None
 
 
-def _spread(gpus: int) -> set[int]:
-    """Few of many splits: those that are tried together with other settings."""
-    return {0, gpus // 8, gpus // 4, gpus // 3, gpus // 2}
+def _fitting(
+    plan: Plan, split: Changes | None, base: Plan, size: int, lengths: Lengths, learned: Learned | None
+) -> Iterator[Offer]:
+    """The plan with so many other settings, on top of a split of the devices (the plan `base`), where that fits. Where
+    not even the strongest values of some settings fit, weaker ones are not tried."""
+    moves: dict[str, list[object]] = {}
+    for key, value in _moves(base, lengths):
+        if split is None or key not in COUNTS:
+            moves.setdefault(key, []).append(value)
+    for keys in combinations(moves, size):
+        strongest = {**(split or {}), **{key: moves[key][-1] for key in keys}}
+        either_way = "sampler.gpu_memory_utilization" in keys and base.config.ray.share_gpus
+        if not either_way and not fits(changed(plan.config, strongest), plan.models, plan.hardware, lengths):
+            continue
+        for values in product(*(moves[key] for key in keys)):
+            offer = _tried(plan, {**(split or {}), **dict(zip(keys, values, strict=True))}, lengths, learned)
+            if offer is not None:
+                yield offer
+
+
+def _tensors(plan: Plan) -> int:
+    """The recipe's tensor_parallel, or the smallest with which the weights leave half of a device."""
+    tensors, shape = plan.config.sampler.tensor_parallel, plan.models.policy
+    size = weight_size(plan.config, plan.hardware.gpu) * shape.parameters
+    while size / tensors > plan.hardware.memory / 2 and tensors < MOST_TENSORS and shape.heads % (2 * tensors) == 0:
+        tensors *= 2
+    return tensors
 
 
 def _tried(plan: Plan, changes: Changes, lengths: Lengths, learned: Learned | None) -> Offer | None:
     """The recipe with these settings, if it fits and says nothing that contradicts itself."""
     config = changed(plan.config, changes)
-    new = planned(config, plan.models, plan.hardware, lengths, learned)
-    return Offer(changes, new) if new.fits and not contradictions.findings(config) else None
+    if not fits(config, plan.models, plan.hardware, lengths) or contradictions.findings(config):
+        return None
+    return Offer(changes, planned(config, plan.models, plan.hardware, lengths, learned))
 
 
 def _moves(plan: Plan, lengths: Lengths) -> Iterator[tuple[str, object]]:
-    """Single settings that need less memory of whoever has too little, the cheapest first."""
+    """Single settings that need less memory of whoever has too little; of each setting the strongest value last."""
     roles = {shortage.role for shortage in plan.shortages}
     gpu, shared = plan.hardware.gpu, plan.config.ray.share_gpus
     if "learner" in roles or not gpu:
@@ -139,7 +161,7 @@ def _sampler_moves(plan: Plan, lengths: Lengths) -> Iterator[tuple[str, object]]
         if share != s.gpu_memory_utilization and (share > s.gpu_memory_utilization or plan.config.ray.share_gpus):
             yield "sampler.gpu_memory_utilization", share
     tensors = 2 * s.tensor_parallel
-    while tensors <= 16:
+    while tensors <= MOST_TENSORS:
         if shape.heads % tensors == 0:
             yield "sampler.tensor_parallel", tensors
         tensors *= 2

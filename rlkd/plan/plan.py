@@ -94,6 +94,14 @@ def planned(
     )  # fmt: skip
 
 
+def fits(config: Config, models: Models, hardware: Hardware, lengths: Lengths) -> bool:
+    """Whether the plan would have no shortage; quicker than the plan."""
+    work = work_of(config, lengths)
+    memory, workers = _memories(config, models, work, hardware)
+    published = memories.published(config, models.policy, hardware)
+    return not _shortages(config, models, work, hardware, memory, workers, published)
+
+
 def _memories(
     config: Config, models: Models, work: Work, hardware: Hardware
 ) -> tuple[dict[str, Memory], dict[str, int]]:

@@ -21,7 +21,9 @@ from rlkd.plan.work import Work
 OPTIMIZER_BYTES = 28  # a parameter: weight, gradient, two moments read; weight and moments written; float32
 HOST_BYTES_PER_S = 12.5e9  # of one rank that steps in the host's memory: a node's 100 GB/s by 8; assumed
 TENSOR_S = 15e-6  # of one all-reduce of tensor-parallel decoding; assumed
-SHM_BYTES_PER_S = 0.75e9  # weights through shared memory to a sampler, with digests: 538 MB in 0.7 s on two cores
+# Weights through shared memory, with digests. On a CPU vLLM repacks them: 538 MB in 0.7 to 1.4 s on two cores. On a
+# GPU: assumed, from hashing and copying alone.
+SHM_BYTES_PER_S = {"cpu": 0.45e9, "gpu": 1.0e9}
 DISK_BYTES_PER_S = 0.5e9  # the same through a shared disk, written and read; assumed
 NODE_BYTES_PER_S = 1.0e9  # from the learner's node to another, through Ray's object store; assumed
 SYNC_S = 0.02  # of a sync, whatever the model
@@ -38,7 +40,7 @@ class Learned:
     token_s: float
     token_layer_s: float
 
-    def seconds(self, micro_batches: float, tokens: float, layers: int) -> float:
+    def seconds(self, micro_batches: int, tokens: float, layers: int) -> float:
         return micro_batches * (self.micro_s + layers * self.layer_s) + tokens * (
             self.token_s + layers * self.token_layer_s
         )
@@ -182,7 +184,7 @@ def sync_s(config: Config, shape: Shape, hardware: Hardware) -> float:
     if kind == "disk":
         return SYNC_S + size / DISK_BYTES_PER_S
     elsewhere = kind == "ray" or (kind == "auto" and devices(config, hardware).nodes > 1)
-    return SYNC_S + size / SHM_BYTES_PER_S + (size / NODE_BYTES_PER_S if elsewhere else 0.0)
+    return SYNC_S + size / SHM_BYTES_PER_S[hardware.kind] + (size / NODE_BYTES_PER_S if elsewhere else 0.0)
 
 
 def step(
@@ -202,7 +204,7 @@ def step(
     apart = hardware.gpu and not config.ray.share_gpus
     tail, full = (rollout_s(config, shape, work, hardware, t) for t in (True, False))
     scores = [score_s(s, work, n, hardware) for s, n in scored.values()]
-    score = (max(scores, default=0.0)) if apart else sum(scores)
+    score = max(scores, default=0.0) if apart else sum(scores, 0.0)
     learn, sync = learn_s(config, shape, work, hardware, learned), sync_s(config, shape, hardware)
     stale = config.schedule.staleness
     if stale and (apart or not hardware.gpu):
@@ -224,7 +226,7 @@ def step(
     idle = {name: 1 - seconds / whole for name, seconds in busy.items()} if apart else {}
     if apart:
         used = sum(busy[name] * counts[name] for name in busy)
-        bubbles = 1 - used / (whole * sum(counts.values()))
+        bubbles = max(0.0, 1 - used / (whole * sum(counts.values())))
     else:
         bubbles = max(0.0, 1 - (sum(busy.values()) / whole)) if not stale else 0.0
     return Step(tail, score, learn, sync, whole, idle, bubbles, bound)

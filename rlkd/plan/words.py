@@ -40,7 +40,7 @@ def _parameters(shape: Shape) -> str:
     return f"{millions(shape.parameters)} parameters ({parts}{tied}), {shape.kv_heads} of {shape.heads} heads have keys"
 
 
-def millions(n: float) -> str:
+def millions(n: int) -> str:
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M" if n < 1e7 else f"{n / 1e6:.0f} M"
 
 
@@ -68,7 +68,7 @@ def parts(memory: Memory) -> str:
     return ", ".join(f"{name} {gib(size)}" for name, size in shown)
 
 
-def gib(size: float) -> str:
+def gib(size: int | float) -> str:
     value = size / GIB
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
@@ -105,11 +105,11 @@ def _checkpoint(plan: Plan) -> list[str]:
     return [*lines, f"grace        {g.total_s} s from a platform's notice to its kill ({parts}, and room)"]
 
 
-def seconds(s: float) -> str:
+def seconds(s: int | float) -> str:
     return f"{s:.2f} s" if s < 10 else f"{s:.0f} s" if s < 600 else duration(s)
 
 
-def duration(s: float) -> str:
+def duration(s: int | float) -> str:
     if s < 120:
         return f"{s:.0f} s"
     if s < 7200:
@@ -117,7 +117,7 @@ def duration(s: float) -> str:
     return f"{s / 3600:.1f} h" if s < 48 * 3600 else f"{s / 86400:.1f} days"
 
 
-def bytes_(n: float) -> str:
+def bytes_(n: int | float) -> str:
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if n >= size:
             return f"{n / size:.1f} {unit}"

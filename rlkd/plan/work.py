@@ -70,7 +70,7 @@ class Work:
     @property
     def most_computed(self) -> float:
         """The same, were every prompt and answer as long as it may be."""
-        return self._computed(self.lengths.longest_prompt, self.lengths.longest_answer)
+        return self._computed(float(self.lengths.longest_prompt), float(self.lengths.longest_answer))
 
     @property
     def prefilled(self) -> float:

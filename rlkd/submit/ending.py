@@ -48,7 +48,7 @@ class Ending:
         if r.get("cause"):
             parts.append(str(r["cause"]))
         saved = self.saved()
-        if r:
+        if r and f"step {saved}" not in parts[-1]:  # `rlkd train` says it itself, where it was asked to stop
             parts.append("nothing saved" if saved is None else f"saved: step {saved}")
         return "; ".join(parts)
 

@@ -5,6 +5,7 @@ A run NAME is the jobs NAME-1, NAME-2, …, one for each attempt, also those tha
 """
 
 import json
+import logging
 import os
 import re
 import threading
@@ -13,7 +14,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from rlkd.core.errors import ConfigError, PreflightError, nearest
 
@@ -22,10 +24,12 @@ UPLOAD_S = 120.0  # for the package
 ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # in them Ray looks first, whatever address it is given
 WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # in a job's environment: seconds between Ray's SIGTERM and its SIGKILL
 RAYS_WAIT_S = 3  # what Ray waits where that is not set
+CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 Result = TypeVar("Result")
 
 
+@runtime_checkable
 class Client(Protocol):
     """What is used of ray.job_submission.JobSubmissionClient."""
 
@@ -154,10 +158,14 @@ class Jobs:
     def _ask(self, what: str, call: Callable[[], Result], seconds: float | None = None) -> Result:
         try:
             return within(seconds or self.answer_s, what, call)
-        except RuntimeError as error:  # Ray's client: any answer but 200
+        except RuntimeError as error:  # Ray's client: any answer but 200 and those about tokens
             if re.search(r"status code 404", str(error)):
                 raise NoSuchJob(what) from error
             raise Unanswered(f"{what}: {error}") from error
+        except Exception as error:
+            if type(error).__name__ == "AuthenticationError":
+                raise no_token(error, self.address) from error
+            raise
 
 
 def within(seconds: float, what: str, call: Callable[[], Result]) -> Result:
@@ -192,6 +200,8 @@ def connect(address: str | None, seconds: float = ANSWER_S) -> Jobs:
     try:
         client = within(seconds, f"connecting to {full}", lambda: _client(full))
     except Exception as error:  # Ray's client raises whatever it meets: an answer of another server, a wrong scheme
+        if type(error).__name__ == "AuthenticationError":
+            raise no_token(error, f"--ray {where}") from error
         text = " ".join(str(error).split())
         raise PreflightError(
             "RLKD-E230",
@@ -206,9 +216,42 @@ def connect(address: str | None, seconds: float = ANSWER_S) -> Jobs:
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
-    text = os.environ.get("RAY_JOB_HEADERS")  # as `ray job` reads it
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     with _without(ENVIRONMENT if address != "auto" else ()):
-        return JobSubmissionClient(address, headers=json.loads(text) if text else None)
+        return JobSubmissionClient(address, headers=headers())
+
+
+def headers() -> dict[str, str]:
+    """Those of RAY_JOB_HEADERS, as `ray job` reads them, and the cluster's token where one is known here: Ray's own
+    client sends it only where RAY_AUTH_MODE says so, while clusters ask for it where there is one (Ray 2.60)."""
+    said: dict[str, str] = json.loads(os.environ.get("RAY_JOB_HEADERS") or "{}")
+    token = _token()
+    named = {name.lower() for name in said}
+    return said if token is None or "authorization" in named else {**said, "Authorization": f"Bearer {token}"}
+
+
+def _token() -> str | None:
+    """From where Ray looks for it, in its order."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return None
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def no_token(error: Exception, where: str) -> PreflightError:
+    """The cluster wants to know who asks."""
+    return PreflightError(
+        "RLKD-E239",
+        f"the cluster refuses to answer: {' '.join(str(error).split())}",
+        where,
+        "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's token: ~/.ray/auth_token on its head node",
+    )
 
 
 @contextmanager

@@ -208,7 +208,7 @@ def own_modules(here: Path) -> list[Path]:
     return sorted(found)
 
 
-def _file_of(module: ModuleType) -> Path | None:
+def _file_of(module: object) -> Path | None:
     name = getattr(module, "__file__", None)
     return Path(name) if isinstance(name, str) and name.endswith(".py") else None
 

@@ -7,6 +7,7 @@ type, misspelt or contradicts another key is told at the key's place in the spac
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rlkd.config.contradictions import NAME
 from rlkd.config.places import Found, Place, did_you_mean, similar
@@ -30,7 +31,7 @@ def checked(
     `trials` and `at_once` are of the command line, and stand in for the file's."""
     found = Found()
     space = spaces.read(path, found)
-    told = {name: n for name, n in (("trials", trials), ("at_once", at_once)) if n is not None}
+    told: dict[str, Any] = {name: n for name, n in (("trials", trials), ("at_once", at_once)) if n is not None}
     space = replace(space, settings=replace(space.settings, **told))
     for name, number in told.items():
         if number < 1:

@@ -14,7 +14,7 @@ from rlkd.config.stages import Stage
 from rlkd.core.stop import Stop, StopRequest
 from rlkd.lease import holder
 from rlkd.report.history import History
-from rlkd.run import Watch
+from rlkd.watch import Watch
 
 LOOK_S = 0.1
 DEAD_S = 60.0  # to wait for the process that had the run's folder before: it was killed a moment ago

@@ -41,26 +41,24 @@ def forked(origin: Origin, folder: Path, values: Mapping[str, Any]) -> int:
         return int(lineage[-1]["step"])
     store = Store(folder / "checkpoints")
     step = _copied(origin, store, told)
-    for later in (s for s in store.there() if s > step):
-        store.drop(later)
     record["lineage"] = [*lineage, {**told, "step": step, "time": time.time()}]
     replace_file(folder / attempt.RECORD, as_json(record) + "\n")
     return step
 
 
 def _copied(origin: Origin, store: Store, told: Mapping[str, Any]) -> int:
-    """Commit a copy of the other's checkpoint; its step."""
+    """Commit a copy of the other's checkpoint, and delete this run's own from there on; its step."""
     donor = Store(origin.run / "checkpoints")
     for left in reversed(range(TRIES)):
         found = _found(donor, origin.step)
         step = found.manifest.step
-        if step in store.there():
-            store.drop(step)
         draft = store.draft(step, found.manifest.size)
         try:
             shutil.copytree(found.path, draft, dirs_exist_ok=True, copy_function=_link_or_copy)
             (draft / MANIFEST).unlink()
             facts = {**found.manifest.facts, "run": store.directory.parent.name, "lineage": dict(told)}
+            for own in (s for s in store.there() if s >= step):
+                store.drop(own)
             store.commit(draft, step, facts)
             return step
         except (FileNotFoundError, shutil.Error):

@@ -77,7 +77,8 @@ class _Axis:
         known = [v for v in values if v is not None]
         self.numbers = bool(known) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in known)
         if self.numbers:
-            low, high = min(known), max(known)
+            low: float = min(known)
+            high: float = max(known)
             self.log = low > 0 and high / low > 30
             self.low, self.high = (math.log(low), math.log(high)) if self.log else (low, high)
             self.ticks = sorted({low, high, *(known if len(set(known)) <= 6 else ())})

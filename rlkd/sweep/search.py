@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from ray import tune
-from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 
@@ -17,7 +16,7 @@ from rlkd.sweep.space import Space
 from rlkd.sweep.spec import Spec
 
 TIME = "step"  # by what schedulers count: optimizer steps, which every result has
-DOMAINS = {
+DOMAINS: Mapping[str, Callable[..., Any]] = {
     "uniform": tune.uniform,
     "quniform": tune.quniform,
     "loguniform": tune.loguniform,
@@ -57,17 +56,18 @@ class Asha(AsyncHyperBandScheduler):
     """Ray's, which after a restore has forgotten what the trials reported before: `past(trial)` says it again, the
     metric by step."""
 
-    def __init__(self, past: Callable[[Trial], Mapping[int, float]], **options: Any) -> None:
+    def __init__(self, past: Callable[[Any], Mapping[int, float]], **options: Any) -> None:
         super().__init__(**options)
         self._past = past
 
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
+        assert self._metric_op is not None  # Tune said max or min
         for step, value in sorted(self._past(trial).items()):
             self._trial_info[trial.trial_id].on_result(trial, step, self._metric_op * value)
 
 
-def scheduler(space: Space, every: int, steps: int, past: Callable[[Trial], Mapping[int, float]]) -> TrialScheduler:
+def scheduler(space: Space, every: int, steps: int, past: Callable[[Any], Mapping[int, float]]) -> TrialScheduler:
     """Who stops or copies trials. `every`: steps between two evaluations, `steps`: of the longest trial."""
     s = space.settings
     random.seed(s.seed)  # PBT draws from here

@@ -35,7 +35,7 @@ class Told(Callback):
         say(str(trial), f"step {result['step']}: {self.metric} {value:.4g}{'; done' if result.get('done') else ''}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        ended = sum(t.is_finished() for t in trials)
+        ended = sum(t is trial or t.is_finished() for t in trials)
         if not (trial.last_result or {}).get("done"):
             say(str(trial), "stopped by the scheduler")
         say("sweep", f"{ended} of {self.trials} trials have ended")

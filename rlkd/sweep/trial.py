@@ -102,7 +102,8 @@ class Trial(Trainable):
         written = {"run": str(self.root), "told": self.told}
         (Path(checkpoint_dir) / REFERENCE).write_text(json.dumps(written), encoding="utf-8")
 
-    def load_checkpoint(self, checkpoint_dir: str) -> None:
+    def load_checkpoint(self, checkpoint_dir: Any) -> None:
+        """`checkpoint_dir` is a path: `save_checkpoint` returns no dict."""
         read = json.loads((Path(checkpoint_dir) / REFERENCE).read_text(encoding="utf-8"))
         self.told = read["told"]
         self.origin = Origin(Path(read["run"]), int(self.told["step"]))
@@ -122,6 +123,7 @@ class Trial(Trainable):
         """The run's folder."""
         name, runs = self.trial_name, self.plan.runs
         if runs is None:
+            assert self._storage is not None  # Tune gave one
             local = isinstance(self._storage.storage_filesystem, pyarrow.fs.LocalFileSystem)
             above = self._storage.experiment_fs_path if local else f"runs/{self._storage.experiment_dir_name}"
             runs = f"{above}/runs"
@@ -129,7 +131,7 @@ class Trial(Trainable):
 
     def _begin(self) -> Heard | None:
         """Start the run, or go on with it; an evaluation that Tune was not told of before the process was killed."""
-        own = (f"name={self.root.name}", f"report.directory={self.root.parent}")
+        own: tuple[str, ...] = (f"name={self.root.name}", f"report.directory={self.root.parent}")
         config = (stages := self.plan.stages(self.given, own))[-1].config
         if config.checkpoint.remote is not None:  # trials of two sweeps have the same names
             own += (f"checkpoint.remote={config.checkpoint.remote.rstrip('/')}/{self.root.parent.parent.name}",)

@@ -39,6 +39,7 @@ from rlkd.workers.placement import reserve
 
 ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of a recipe begin where the command was given
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables: stdout is data
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # stopping.py
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # how old Tune's record may be when the driver is killed
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -147,7 +148,7 @@ class Sweep:
     def rows(self, found: tune.ResultGrid) -> list[Row]:
         """All trials, by name."""
         rows, plan = [], self._trainable().plan
-        for result in found:
+        for result in (found[i] for i in range(len(found))):
             values, last, name = plan.values(result.config or {}), result.metrics or {}, Path(result.path).name
             why = str(result.error).strip().splitlines()[-1] if result.error else ""
             stages, metric = self.stages(values), self.space.settings.metric

@@ -15,41 +15,43 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlkd.chaos import end, steps
 from rlkd.workers import drain
+from rlkd.workers.nodes import STABLE
 from rlkd.workers.placement import A_LITTLE, CPU_SHARE, NODE
 
 ROOT = Path(__file__).parents[2]
 STORE = 80 * 2**20  # bytes of a node's object store
-ONE_RANK = {"stable": A_LITTLE}  # of a node: room for one rank of the learner
 
 
 class Nodes:
     """The cluster; this process is connected to it."""
 
-    def __init__(self, **resources: float) -> None:
-        """With its head, which stays."""
+    def __init__(self, ranks: int | None = None) -> None:
+        """With its head, which stays if there is room for `ranks` of the learner."""
+        resources = {} if ranks is None else {STABLE: 1}
         head = {"num_cpus": 1, "object_store_memory": STORE, "resources": resources, "include_dashboard": False}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: dict[str, Any] = {}
         ray.init(address=self._cluster.address, log_to_driver=False, namespace="tests")
         self.head = drain.own_node()
+        if ranks is not None:
+            take(self.head, {STABLE: 1 - ranks * A_LITTLE})
 
     @property
     def address(self) -> str:
         return str(self._cluster.address)
 
-    def add(self, seats: int | None = None, **resources: float) -> str:
-        """A node's id. `seats`: room for so many workers only."""
+    def add(self, seats: int | None = None, ranks: int | None = None) -> str:
+        """A node's id. `seats`: with room for so many workers only; `ranks`: one that stays, for so many."""
+        resources = {} if ranks is None else {STABLE: 1}
         node = self._cluster.add_node(num_cpus=1, object_store_memory=STORE, resources=resources)
         self._nodes[node.node_id] = node
         if seats is not None:
-            taken = placement_group(
-                [{"CPU": 1 - seats * CPU_SHARE}], bundle_label_selector=[{NODE: node.node_id}]
-            )  # goes with this process
-            assert taken.wait(30), "no room on an empty node"
+            take(node.node_id, {"CPU": 1 - seats * CPU_SHARE})
+        if ranks is not None:
+            take(node.node_id, {STABLE: 1 - ranks * A_LITTLE})
         return str(node.node_id)
 
     def drain(self, node: str, seconds: float) -> None:
@@ -65,9 +67,15 @@ class Nodes:
         self._cluster.shutdown()
 
 
+def take(node: str, resources: Mapping[str, float]) -> None:
+    """Nobody else gets these, as long as this process is there."""
+    taken = placement_group([dict(resources)], bundle_label_selector=[{NODE: node}])
+    assert taken.wait(30), f"there is no {dict(resources)} on node {node[:8]}"
+
+
 @contextmanager
-def nodes(**resources: float) -> Iterator[Nodes]:
-    there = Nodes(**resources)
+def nodes(ranks: int | None = None) -> Iterator[Nodes]:
+    there = Nodes(ranks)
     try:
         yield there
     finally:
@@ -113,7 +121,7 @@ class Run:
         rows = [row for name, row in self.actors().items() if name.startswith("rollout") and row["state"] == "is ready"]
         return len(rows) == count and not any(row["node"] in without for row in rows)
 
-    def until(self, what: str, condition: Callable[[], bool], seconds: float = 120.0) -> float:
+    def until(self, what: str, condition: Callable[[], bool], seconds: float = 240.0) -> float:
         """Wait for it; how long it took. AssertionError with the end of the log if the run ends before, or not then."""
         began = time.monotonic()
         while not condition():
@@ -123,7 +131,7 @@ class Run:
             time.sleep(0.1)
         return time.monotonic() - began
 
-    def end(self, seconds: float = 180.0) -> int:
+    def end(self, seconds: float = 300.0) -> int:
         """Wait for its end; the exit code."""
         try:
             return self.process.wait(seconds)
@@ -153,9 +161,3 @@ def started(
         yield Run(process, folder / name, log)
     finally:
         end(process)
-
-
-def seen_from(node: str, look: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function finds on a node."""
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.get(ray.remote(look).options(num_cpus=0, scheduling_strategy=there).remote(*arguments), timeout=60)

@@ -9,6 +9,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import psutil
 START_S = 120.0
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+TOKEN = uuid.uuid4().hex  # the cluster asks for it, as Ray's do by default where there is one
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Head:
 def environment(**more: str) -> dict[str, str]:
     """As that of somebody who works in the virtual environment of these tests, with this checkout."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return {**ours, "PATH": f"{BIN}{os.pathsep}{ours['PATH']}", "OMP_NUM_THREADS": "1", **more}
+    path = f"{BIN}{os.pathsep}{ours['PATH']}"
+    return {**ours, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": TOKEN, **more}
 
 
 def free_ports(count: int) -> list[int]:
@@ -57,7 +60,7 @@ def head(cpus: int = 4) -> Iterator[Head]:
         "--disable-usage-stats",
     ]  # fmt: skip
     with (folder / "start.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), cwd="/")
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(RAY_AUTH_MODE="token"), cwd="/")
     try:
         _up(process, dashboard, folder)
         yield Head(f"http://127.0.0.1:{dashboard}", folder, dashboard)
@@ -83,9 +86,10 @@ def end(pid: int) -> None:
 
 def _up(process: "subprocess.Popen[bytes]", port: int, folder: Path) -> None:
     until = time.monotonic() + START_S
+    ask = urllib.request.Request(f"http://127.0.0.1:{port}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})
     while time.monotonic() < until and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/", timeout=5) as answer:
+            with urllib.request.urlopen(ask, timeout=5) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError):

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlkd.chaos import Chaos, compared
 from tests.chaos.recipe import recipe
-from tests.cluster.help import ONE_RANK, Run, nodes, started
+from tests.cluster.help import Run, nodes, started
 from tests.cluster.paced_engine import GATE
 
 STEPS = 150
@@ -49,8 +49,8 @@ def disturbed(folder: Path, model: Path, peaceful: Path) -> Story:
     folder.mkdir(parents=True, exist_ok=True)
     gate, path, began = folder / "open", recipe(folder, model, **CHANGES), time.monotonic()
     os.environ[GATE] = str(gate)
-    with nodes(**ONE_RANK) as cluster:
-        second = cluster.add(**ONE_RANK)
+    with nodes(ranks=1) as cluster:
+        second = cluster.add(ranks=1)
         first, other = cluster.add(seats=2), cluster.add(seats=2)
         with started(path, "run", folder / "runs", f"ray.address={cluster.address}") as run:
             run.until("three workers are there, the fourth has no room", lambda: run.ready(3) and run.step >= 3)

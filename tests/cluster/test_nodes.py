@@ -12,7 +12,7 @@ from rlkd.core.errors import PreflightError
 from rlkd.models.get import get
 from rlkd.workers.survey import survey
 from tests.chaos.recipe import recipe
-from tests.cluster.help import ONE_RANK, Nodes, nodes, started
+from tests.cluster.help import Nodes, nodes, started
 from tests.cluster.scenario import disturbed, quiet
 
 pytestmark = [pytest.mark.stack, pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -34,8 +34,8 @@ def test_a_node_is_drained_another_killed_and_a_new_one_used(tmp_path: Path, mod
 @pytest.fixture(scope="module")
 def three() -> Iterator[Nodes]:
     """A head and a node with room for one rank each, and one for workers."""
-    with nodes(**ONE_RANK) as cluster:
-        cluster.add(**ONE_RANK)
+    with nodes(ranks=1) as cluster:
+        cluster.add(ranks=1)
         cluster.add()
         yield cluster
 

@@ -1,6 +1,8 @@
 """Nodes with their own addresses and their own shared memory: what only a real network shows."""
 
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +12,14 @@ import pytest
 from rlkd.chaos import Chaos, compared
 from rlkd.models.get import get
 from tests.chaos.recipe import recipe
-from tests.cluster.help import started
+from tests.cluster.help import ROOT, started
 from tests.cluster.network import Network, inside, network, possible
 from tests.cluster.paced_engine import GATE
 from tests.cluster.scenario import CHANGES, STEPS, quiet
 
 pytestmark = [pytest.mark.stack, pytest.mark.cluster, pytest.mark.timeout(600),
               pytest.mark.skipif(possible() is not None, reason=str(possible()))]  # fmt: skip
-STAYS = {"stable": 0.001}
+STAYS = {"stable": 1}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +38,14 @@ def four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
             net.start(machine, tmp_path / f"{machine}.log", **(STAYS if number < 2 else {}))
             if number == 0:
                 time.sleep(8)  # the others would give up
-        time.sleep(8)
-        yield net
+        hold = [sys.executable, "-m", "tests.cluster.hold", net.head]
+        with subprocess.Popen(
+            [*inside(net.machines[0]), *hold], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        ) as holding:
+            assert holding.stdout is not None
+            assert holding.stdout.readline() == "held\n"
+            yield net
+            holding.kill()
 
 
 @pytest.mark.faults("F12")
