@@ -139,9 +139,10 @@ def chaos(
     seed: int = 0,
     limit_s: float = 3600.0,
     tell: Callable[[str], None] = print,
+    once_it_moves: bool = False,
 ) -> dict[str, Any]:
     """Run `train("quiet")` and `train("disturbed")`, commands whose runs are folders of those names in `directory`;
-    the comparison, with `text` for people and `exit` 1 if they differ."""
+    the comparison, with `text` for people and `exit` 1 if they differ. `once_it_moves`: see `Chaos`."""
     if directory.exists() and any(directory.iterdir()):
         raise PreflightError("RLKD-E171", "the folder is not empty", where=str(directory), fix="give a new --out=DIR")
     directory.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,7 @@ def chaos(
     quiet = Chaos(train("quiet"), directory / "quiet", (), 0, gap_s, tell=tell)
     quiet.run(directory / "quiet.log", limit_s)
     tell(f"… took {quiet.seconds:.0f} s; now {kills} faults")
-    disturbed = Chaos(train("disturbed"), directory / "disturbed", faults, kills, gap_s, seed, tell)
+    disturbed = Chaos(train("disturbed"), directory / "disturbed", faults, kills, gap_s, seed, tell, once_it_moves)
     disturbed.run(directory / "disturbed.log", limit_s)
     return compared(quiet, disturbed)
 

@@ -1,5 +1,6 @@
 """Recipes: how they are read, and that every mistake in one is found, at its place, with what to do."""
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -613,7 +614,7 @@ def test_one_wrong_letter_in_any_key_is_caught_and_understood(
 ) -> None:
     *above, key = data.draw(st.sampled_from(leaves(full_recipe)), label="key")
     wrong = data.draw(edited(key), label="edited")
-    recipe = yaml.safe_load(yaml.safe_dump(full_recipe))
+    recipe = copy.deepcopy(full_recipe)
     section = recipe
     for name in above:
         section = section[name]
@@ -652,7 +653,7 @@ def test_junk_anywhere_in_a_recipe_is_a_config_error_or_fits(
     full_recipe: dict[str, Any], tmp_path: Path, data: st.DataObject
 ) -> None:
     *above, key = data.draw(st.sampled_from(leaves(full_recipe)), label="key")
-    recipe = yaml.safe_load(yaml.safe_dump(full_recipe))
+    recipe = copy.deepcopy(full_recipe)
     section = recipe
     for name in above:
         section = section[name]
