@@ -47,9 +47,10 @@ class Published:
 NEMO = "NeMo RL v0.4"
 SOURCES = (
     "NeMo RL: docs/about/performance-summary.md of NVIDIA-NeMo/RL at 06beed9 (DGX H100, bfloat16, Megatron; GRPO on "
-    "OpenMathInstruct-2; a step is 2,048 samples, four optimizer steps of 512, log-probs of policy and reference)",
-    "verl: docs/perf/device_tuning.rst of volcengine/verl at 0043240 (the fewest GPUs that full GRPO was run on; H800 "
-    "has the H100's memory)",
+    "OpenMathInstruct-2; a step is 2,048 samples, four optimizer steps of 512, log-probs of policy and reference); who "
+    "samples: examples/configs/recipes/llm/performance/async-grpo-*.yaml",
+    "verl: docs/perf/device_tuning.rst of volcengine/verl at 0043240 (the fewest GPUs that full GRPO of Qwen2 7B, 14B "
+    "and 70B was run on; planned for the models of that size above; H800 has the H100's memory)",
 )
 POINTS = (
     Published(NEMO, "Llama-3.1-8B", "H100", 16, seconds=97.7),
@@ -122,20 +123,23 @@ def _machine() -> str:
 
 def _published() -> list[str]:
     lines = [
-        "Lengths are theirs, the rest of the recipe is rlkd's: one optimizer step on the same samples, shared GPUs "
-        "with ZeRO-3 and checkpointing where they are synchronous; where they are not, half of the GPUs sample, an "
-        "eighth scores, the rest learns (their split is not published). Nothing was fitted to these points.",
+        "Lengths and numbers of GPUs are theirs, the rest of the recipe is rlkd's: one optimizer step on the same "
+        "samples, shared GPUs with ZeRO-3 and checkpointing where they are synchronous; where they are not, half of "
+        "the GPUs sample, as theirs do, an eighth scores and the rest learns (theirs score on the learner's GPUs). In "
+        "rlkd a rollout worker of several GPUs cannot share them: the synchronous row of 32B is of the formulas only. "
+        "`sync` is through shared memory and Ray's object store, at an assumed 1 GB/s each. Nothing was fitted to "
+        "these points.",
         "",
     ]
-    lines += ["| who | model | GPUs | tokens | stale | published | predicted | off | rollout | score | learn |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines += ["| who | model | GPUs | tokens | stale | published | predicted | off | rollout | score | learn | sync |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for point in POINTS:
         p, seconds = predicted(point), point.seconds
         assert seconds is not None
         lines.append(
             f"| {point.who} | {point.model} | {point.gpus} × {point.hardware} | {point.tokens} | {point.staleness} "
             f"| {seconds:g} s | {p.step.step:.0f} s | {p.step.step / seconds - 1:+.0%} | {p.step.rollout:.0f} s "
-            f"| {p.step.score:.0f} s | {p.step.learn:.0f} s |"
+            f"| {p.step.score:.0f} s | {p.step.learn:.0f} s | {p.step.sync:.0f} s |"
         )
     lines += [
         "",

@@ -56,7 +56,7 @@ def recipe(folder: Path, model: str, **changes: Any) -> Path:
 
 def space(folder: Path, trials: int, scheduler: str = "asha") -> Path:
     path = folder / "kills.yaml"
-    sweep = {"trials": trials, "scheduler": scheduler, "reduction": 2, "seed": 3}
+    sweep = {"trials": trials, "scheduler": scheduler, "reduction": 2, "seed": 3, "at_once": 2}
     keys = {"learner.lr": {"loguniform": [1e-5, 1e-3]}, "schedule.groups_per_step": {"choice": [4, 8]}}
     path.write_text(yaml.safe_dump({"sweep": sweep, **keys}))
     return path
@@ -97,31 +97,39 @@ def kills(folder: Path, model: str, trials: int, given: list[str]) -> dict[str, 
     """The sweep with both kills; what happened."""
     command = [sys.executable, "-m", "rlkd", "sweep", str(recipe(folder, model)), *given]
     command += ["--space", str(space(folder, trials)), "--name", NAME]
+    first = killed(folder, command, trials)
+    return gone_on(folder, command, first)
+
+
+def killed(folder: Path, command: list[str], trials: int) -> dict[str, Any]:
+    """Kill a trial, and then, when a third one is under way, the driver."""
     sweep, began = folder / "runs" / NAME, time.monotonic()
-    log = (folder / "driver.log").open("ab")
-    driver = subprocess.Popen(command, stderr=log, stdout=log)
+    with (folder / "driver.log").open("ab") as log:
+        driver = subprocess.Popen(command, stderr=log, stdout=log)
     trial = killed_trial(sweep, driver)
     told = steps(sweep / "runs" / trial)
     until(lambda: steps(sweep / "runs" / trial) > told + 1, driver, f"{trial} going on")
     done = lambda: sum(steps(r) >= EVERY for r in sweep.glob("runs/trial-*"))  # noqa: E731
     until(lambda: done() >= min(3, trials), driver, "a third trial")
-    first = time.monotonic() - began
     driver.kill()
     driver.wait()
-    again = time.monotonic()
+    return {"killed_trial": trial, "seconds_to_the_driver's_end": round(time.monotonic() - began, 1)}
+
+
+def gone_on(folder: Path, command: list[str], first: dict[str, Any]) -> dict[str, Any]:
+    """The same command again, to the end."""
+    began = time.monotonic()
     result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    log.write(result.stderr.encode())
-    log.close()
-    runs = sorted(sweep.glob("runs/trial-*"))
+    after = round(time.monotonic() - began, 1)
+    runs = sorted((folder / "runs" / NAME).glob("runs/trial-*"))
     return {
+        **first,
         "exit": result.returncode,
         "stdout": result.stdout,
         "stderr": result.stderr,
-        "killed_trial": trial,
         "trials": {r.name: attempts(r) | {"steps": steps(r), "whole_ledger": whole(r)} for r in runs},
-        "seconds_to_the_driver's_end": round(first, 1),
-        "seconds_after": round(time.monotonic() - again, 1),
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds_after": after,
+        "seconds": round(first["seconds_to_the_driver's_end"] + after, 1),
     }
 
 

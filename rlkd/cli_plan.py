@@ -47,22 +47,22 @@ def plan(
     What cannot fit is refused (exit 3), with settings that would.
     """
     import rlkd.plan_command as command
-    import rlkd.prove as prove_
-    import rlkd.staged as staged
     from rlkd.cli import _stages
-
-    if recipe is None and check is None:
-        raise ConfigError("RLKD-C433", "rlkd plan without a recipe", "command line", "rlkd plan RECIPE, or --check RUN")
-    asked = command.Asked(gpus, hardware, price, prompt, answer, scale, calibrate, again)
-    folder = None if check is None else staged.run_folder(check.resolve())
-    assert recipe is not None or folder is not None
-    stages = _stages(str(prove_.config_of(folder)) if recipe is None and folder else str(recipe), overrides or ())
+    from rlkd.prove import config_of
+    from rlkd.staged import run_folder
 
     def say(text: str) -> None:
         print(text, file=sys.stderr)
 
-    if folder is not None:
-        return show_result(command.compare(stages[-1].config, folder, asked, say), as_json)
+    asked = command.Asked(gpus, hardware, price, prompt, answer, scale, calibrate, again)
+    if check is not None:
+        run = run_folder(check.resolve())
+        stages = _stages(recipe or str(config_of(run)), overrides or ())
+        config = next((stage.config for stage in stages if stage.name == run.name), stages[-1].config)
+        return show_result(command.compare(config, run, asked, say), as_json)
+    if recipe is None:
+        raise ConfigError("RLKD-C433", "rlkd plan without a recipe", "command line", "rlkd plan RECIPE, or --check RUN")
+    stages = _stages(recipe, overrides or ())
     results: list[dict[str, Any]] = [command.plan(stage.config, asked, say) for stage in stages]
     if len(results) == 1:
         return show_result(results[0], as_json)

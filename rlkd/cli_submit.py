@@ -113,12 +113,12 @@ def stop(
 def _answering(ray: str | None) -> Iterator["Jobs"]:
     """The jobs of the cluster; what it does not answer within the context is an error for people."""
     from rlkd.submit.client import unanswered
-    from rlkd.submit.jobs import Unanswered, connect
+    from rlkd.submit.jobs import NoSuchJob, Unanswered, connect
 
     jobs = connect(ray)
     try:
         yield jobs
-    except Unanswered as error:
+    except (Unanswered, NoSuchJob) as error:
         raise unanswered(jobs, error) from error
 
 

@@ -1,5 +1,6 @@
 """`rlkd plan`: from a recipe and a few options to the plan, the refusal with what would fit, or the comparison."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,10 @@ def compare(config: Config, run: Path, asked: Asked, say: Callable[[str], None])
     prompt = asked.prompt if asked.prompt is not None else _read_prompt(config, say)
     shape = shape_of(config.model.path)
     guess = assumed(config, shape).prompt
-    lengths = check.lengths_of(rows, guess if prompt is None else prompt)
+    try:
+        lengths = check.lengths_of(rows, guess if prompt is None else prompt)
+    except ValueError as e:
+        raise PreflightError("RLKD-E184", str(e), where=str(run / "metrics.jsonl"), fix="compare a newer run") from e
     basis = _basis(config, asked, say, lengths)
     found = basis.plan(config)
     compared = check.compared(found, rows)
@@ -96,8 +100,9 @@ def compare(config: Config, run: Path, asked: Asked, say: Callable[[str], None])
 
 def _valid(asked: Asked) -> None:
     for name, value in (("price", asked.price), ("prompt-tokens", asked.prompt), ("answer-tokens", asked.answer)):
-        if value is not None and not value >= (0 if name == "price" else 1):
-            raise ConfigError("RLKD-C432", f"--{name} {value:g}", "command line", "a number above 0")
+        least = 0 if name == "price" else 1
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError("RLKD-C432", f"--{name} {value:g}", "command line", f"a finite number, at least {least}")
 
 
 def _basis(config: Config, asked: Asked, say: Callable[[str], None], lengths: Lengths | None = None) -> Basis:

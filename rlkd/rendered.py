@@ -19,7 +19,7 @@ from rlkd.plan.saving import grace as grace_of
 from rlkd.plan.shape import shape_of
 from rlkd.render import platforms
 from rlkd.render.job import Job, added, check_storage
-from rlkd.render.nodes import Layout, Machine, Needs, by_kind, packed
+from rlkd.render.nodes import Layout, Machine, Needs, Packed, by_kind, packed
 from rlkd.render.settings import Settings
 from rlkd.report import secrets
 from rlkd.report.files import replace_file
@@ -49,22 +49,21 @@ def render(
     """Write the files into `out`; what was written, for people and for programs.
 
     `grace_s`: seconds between SIGTERM and the kill; None: what the plan says. `said`: the options of the command, for
-    the files' first lines. ConfigError RLKD-C440 to C446,
-    PreflightError RLKD-E186 if a file in `out` is somebody else's.
+    the files' first lines. ConfigError RLKD-C441 to C446; PreflightError RLKD-E186 if a file in `out` is not ours.
     """
     configs = [stage.config for stage in stages]
     node = machine(configs, nodes)
     needs = Needs.most([_needs(config, node.gpus > 0) for config in configs])
     layout = by_kind(needs, node, SMALL_NODE if node.gpus else node)
-    count, with_learner = packed(needs, node)
-    apart = with_learner > 1 if platform == "slurm" else any(k.name == "learner" for k in layout.workers)
+    equal = packed(needs, node)
+    apart = equal.with_learner > 1 if platform == "slurm" else any(k.name == "learner" for k in layout.workers)
     check_storage(configs, platform, settings, apart)
-    _check_sync(configs, {"docker": 1, "slurm": count}.get(platform, layout.nodes))
+    _check_sync(configs, {"docker": 1, "slurm": equal.nodes}.get(platform, layout.nodes))
     grace = None if grace_s is not None else _grace(configs)
     total_s = grace_s if grace is None else grace.total_s
     job = _job(configs[0], recipe, overrides, platform, settings, int(total_s or 0), node, said)
-    files = _files(platform, job, layout, (count, with_learner), node, settings)
-    return _written(files, out, _facts(platform, job, layout, count, node, grace))
+    files = _files(platform, job, layout, equal, node, settings)
+    return _written(files, out, _facts(platform, job, layout, equal, node, grace))
 
 
 def machine(configs: Sequence[Config], nodes: Nodes) -> Machine:
@@ -98,7 +97,8 @@ def _needs(config: Config, gpu: bool) -> Needs:
         config.learner.ranks, s.max_workers or s.workers, s.tensor_parallel, config.verifier.workers, frozen(config),
         gpu, config.ray.share_gpus,
     )  # fmt: skip
-    return Needs.of([(b.role, b.resources) for b in wanted], s.min_workers or s.workers, config.ray.share_gpus)
+    least = s.workers if s.min_workers is None else s.min_workers
+    return Needs.of([(b.role, b.resources) for b in wanted], least, config.ray.share_gpus)
 
 
 def _grace(configs: Sequence[Config]) -> Grace:
@@ -131,24 +131,27 @@ def _job(
 
 
 def _files(
-    platform: str, job: Job, layout: Layout, nodes: tuple[int, int], node: Machine, settings: Settings
+    platform: str, job: Job, layout: Layout, equal: Packed, node: Machine, settings: Settings
 ) -> Mapping[str, str]:
     if platform == "kuberay":
         return platforms.kuberay(job, layout, settings)
     if platform == "slurm":
-        return platforms.slurm(job, *nodes, node, settings)
+        return platforms.slurm(job, equal.nodes, equal.stable, node, settings)
     if platform == "docker":
-        return platforms.docker(job, nodes[0], node, settings)
+        return platforms.docker(job, equal.nodes, node, settings)
     return platforms.ray_up(job, layout, settings)
 
 
-def _facts(platform: str, job: Job, layout: Layout, nodes: int, node: Machine, grace: Grace | None) -> dict[str, Any]:
+def _facts(
+    platform: str, job: Job, layout: Layout, equal: Packed, node: Machine, grace: Grace | None
+) -> dict[str, Any]:  # fmt: skip
     """What the files say, in numbers and in words."""
     if platform in ("slurm", "docker"):
+        nodes = equal.nodes
         rows = [f"{nodes} × {_size(node)}: the driver and all workers"]
-        notes: tuple[str, ...] = ()
+        notes: tuple[str, ...] = (f"{equal.idle} of the {nodes * node.gpus} GPUs stay idle",) if equal.idle else ()
         if platform == "docker" and nodes > 1:
-            notes = (f"run.sh is left out: the run takes {nodes} such machines; the image is for the other platforms",)
+            notes += (f"run.sh is left out: the run takes {nodes} such machines; the image is for the other platforms",)
     else:
         rows = [
             f"{k.count} × {_size(k.machine)}: {k.carries} ({k.name}, {'stable' if k.stable else 'preemptible'})"

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 from rlkd.config.schema import Config
 from rlkd.core.errors import NodesGone, PreflightError
 from rlkd.workers import drain
+from rlkd.workers.aside import aside
 from rlkd.workers.carrier import Carrier, porters
 from rlkd.workers.nodes import alive, in_words, watched
 from rlkd.workers.placement import Placement, bundles, reserve
@@ -46,10 +47,10 @@ class Site:
         cpus = [node.total.get("CPU", 0.0) for node in alive()]
         return max(1, math.floor(min(c for c in cpus if c > 0)))
 
-    async def check(self) -> None:
-        """Nodes not looked at yet have the driver's packages, those of the learner also the run's folder, or
-        PreflightError."""
-        where, own, sync = await asyncio.to_thread(self.placement.where), drain.own_node(), self.config.sync
+    async def check(self, roles: Collection[str] | None = None) -> None:
+        """The nodes of these roles (None: of all) that were not looked at yet have the driver's packages, those of the
+        learner also the run's folder, or PreflightError."""
+        where, own, sync = await aside(lambda: self.placement.where(roles)), drain.own_node(), self.config.sync
         folders: dict[str, Path | None] = dict.fromkeys(where.values())
         if sync.kind == "disk":
             folders |= {node: self.published for role, node in where.items() if role.startswith("rollout-")}
@@ -62,9 +63,9 @@ class Site:
         """Returns when there is room for `role`. Of a node that joined with other packages it warns."""
         await self.placement.seated(role)
         try:
-            await self.check()
-        except PreflightError as error:
-            self.tell("warning", str(error))
+            await self.check([role])
+        except Exception as error:  # Ray's own errors of all kinds, too: the worker will show whether it can work there
+            self.tell("warning", f"{role}: {error}")
 
     async def learner_seated(self) -> None:
         """Returns when there is room for every rank, on nodes that share the run's folder. NodesGone if there is none
@@ -83,7 +84,7 @@ class Site:
             await waiting
         finally:
             waiting.cancel()
-        await self.check()
+        await self.check([role for role in self.placement.seats if role.startswith("learner-")])
 
     @property
     def published(self) -> Path:
@@ -103,7 +104,7 @@ async def settled(
     scorers: Mapping[str, int], gpu: bool,
 ) -> Site:  # fmt: skip
     """Room for everybody, or PreflightError; given back with `stack`. Says who is where, if there are several nodes."""
-    s, nodes = config.sampler, await asyncio.to_thread(alive)
+    s, nodes = config.sampler, await aside(alive)
     least = s.workers if s.min_workers is None else s.min_workers
     most = s.workers if s.max_workers is None else s.max_workers
     every = bundles(
@@ -125,7 +126,7 @@ async def settled(
 
 async def _look_around(site: Site, stack: AsyncExitStack) -> None:
     """Who is where, if there is a choice; from then on, which nodes come and go."""
-    where, nodes = await asyncio.to_thread(site.placement.where), await asyncio.to_thread(alive)
+    where, nodes = await aside(site.placement.where), await aside(alive)
     if len(nodes) > 1:
         site.tell("placement", in_words({"the driver": drain.own_node(), **where}, nodes))
     await site.check()

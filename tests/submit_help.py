@@ -6,9 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import yaml
 
 from rlkd.config.stages import load
+from rlkd.core.errors import RlkdError
 from rlkd.submit import preflight, probe
 from rlkd.submit.client import Options, Submission
 from rlkd.submit.ending import line
@@ -107,6 +109,10 @@ class FakeClient:
     @property
     def runs(self) -> list[str]:
         return [job_id for job_id in self.jobs if "~" not in job_id]
+
+
+def code_of(error: "pytest.ExceptionInfo[RlkdError]") -> str:
+    return error.value.problems[0].code
 
 
 class Heard(list[str]):

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "report": {"core"},
     "config": {"core", "algorithms", "rewards", "train.loop"},
     "doctor": {"core"},
-    "plan": {"core", "config"},
+    "plan": {"core", "config", "rollout.traced"},
     "render": {"core", "config"},
     "sweep": EVERYTHING,  # a trial is a whole run
     "submit": {"core", "config", "plan", "workers", "report", "teachers", "cli"},

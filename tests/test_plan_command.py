@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def test_stages_are_planned_one_by_one() -> None:
         (("recipe.yaml", "--gpus", "4", "--hardware", "cpu"), 2, "RLKD-C431"),
         (("recipe.yaml", "--price", "-1"), 2, "RLKD-C432"),
         (("recipe.yaml", "--answer-tokens", "nan"), 2, "RLKD-C432"),
+        (("recipe.yaml", "--prompt-tokens", "inf"), 2, "RLKD-C432"),
         (("recipe.yaml", "model.path=models/mine"), 3, "RLKD-E180"),
         (("recipe.yaml", "--check", "nowhere"), 3, "RLKD-E184"),
         (("--check", "nowhere"), 3, "RLKD-E131"),
@@ -175,22 +177,42 @@ def test_predicted_beside_measured() -> None:
     assert re.search(r"step +\d.*10\.00 s +[+-]\d+%", text)
 
 
-def test_a_run_without_steps_cannot_be_compared() -> None:
+@pytest.mark.parametrize("content", ["", '{"step": 1, "loss": 0.5, "batch/tokens": null}\n'])
+def test_a_run_that_measured_nothing_cannot_be_compared(content: str) -> None:
     folder("models/smollm2")
     Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text(content)
     done = rlkd(str(CONFIGS / "grpo-smollm2.yaml"), "--check", "run", "--no-calibrate")
     assert done.exit_code == 3
+    assert "RLKD-E184" in done.stderr
     assert "no step" in done.stderr
 
 
+def test_a_stage_is_compared_with_its_own_settings() -> None:
+    """Stage `sft` of the recipe samples nothing; stage `rl` does."""
+    folder()
+    rows(Path("sft"), 6)
+    rows(Path("rl"), 6)
+    for stage, samples in (("sft", False), ("rl", True)):
+        words = [str(CONFIGS / "sft-then-grpo-tiny.yaml"), "--check", stage, "--no-calibrate", "--json"]
+        found = json.loads(rlkd(*words).stdout)["compared"]
+        assert (found["rollout"]["predicted"] > 0) is samples
+
+
 def test_a_machine_that_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that measures ends with an error: its last line is what is told."""
+    """The process that measures ends with an error, whose last line is told, or does not end."""
     monkeypatch.undo()
-    monkeypatch.setattr(calibration, "COMMAND", ["-c", "raise SystemExit('no room')"])
     batch = {"groups": 1, "samples": 1, "prompt": 1, "answer": 1}
-    with pytest.raises(PreflightError, match="cannot be measured: no room"):
+
+    def ended(command: list[str], **_: Any) -> Any:
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nMemoryError: no room\n")
+
+    def hangs(command: list[str], timeout: float, **_: Any) -> Any:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    with pytest.raises(PreflightError, match="cannot be measured: MemoryError: no room"):
         calibration._measured({}, batch, {}, lambda _: None)
-    monkeypatch.setattr(calibration, "COMMAND", ["-c", "import time; time.sleep(60)"])
-    monkeypatch.setattr(calibration, "TIMEOUT_S", 0.5)
-    with pytest.raises(PreflightError, match="not measured within"):
+    monkeypatch.setattr(subprocess, "run", hangs)
+    with pytest.raises(PreflightError, match="not measured within 300 s"):
         calibration._measured({}, batch, {}, lambda _: None)

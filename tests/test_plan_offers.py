@@ -91,6 +91,12 @@ def test_the_sampler_needs_room_for_one_context() -> None:
     assert any("does not divide the model's 14 heads" in s.what for s in odd.shortages)
 
 
+def test_a_rollout_worker_shares_one_gpu_or_none() -> None:
+    found = wide("Qwen2.5-1.5B", ray__share_gpus=True, sampler__tensor_parallel=2, sampler__gpu_memory_utilization=0.3)
+    assert any("needs GPUs of its own" in s.what for s in found.shortages)
+    assert not any(c.get("ray.share_gpus") for c in splits(found.config, 8, 2))
+
+
 @settings(max_examples=8, deadline=None)
 @given(gpus=st.integers(2, 64))
 def test_splits_use_exactly_so_many(gpus: int) -> None:

@@ -104,6 +104,11 @@ def test_hf_samples_one_group_after_the_other() -> None:
     assert slow.rollout > 2 * fast.rollout
 
 
+def test_answers_of_others_are_not_sampled() -> None:
+    assert plan(recipe("sft-tiny"), "SmolLM2-135M", MACHINE).step.rollout == 0
+    assert plan(recipe("grpo-tiny"), "SmolLM2-135M", MACHINE).step.rollout > 0
+
+
 def test_what_was_measured_here_is_used_and_split_over_ranks() -> None:
     learned = Learned(0.1, 0.01, 1e-4, 1e-5)
     assert learned.seconds(2, 1000.0, 10) == pytest.approx(2 * 0.2 + 1000 * 2e-4)

@@ -7,7 +7,7 @@ import pytest
 
 from rlkd.core.errors import PreflightError
 from rlkd.plan.known import KNOWN
-from rlkd.plan.shape import FAMILIES, config_of, published, read, shape_of
+from rlkd.plan.shape import config_of, published, read, shape_of
 
 STUDENT = Path(__file__).parent.parent / "rlkd" / "models" / "tiny_student"
 PUBLISHED = {  # parameters, as the model cards' safetensors say
@@ -28,17 +28,7 @@ PUBLISHED = {  # parameters, as the model cards' safetensors say
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.1-70B": 70_553_706_496,
 }
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -46,23 +36,6 @@ def test_known_models_have_as_many_parameters_as_published(name: str) -> None:
     shape = read(KNOWN[name], name, "here")
     assert shape.parameters == PUBLISHED[name]
     assert sum(shape.parts.values()) == shape.parameters
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
-def test_every_family_has_as_many_as_transformers_makes(kind: str, bias: bool, tied: bool) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    content = {**SMALL, "tie_word_embeddings": tied, **({"attention_bias": bias} if kind in ("llama", "qwen3") else {})}
-    config = AutoConfig.for_model(kind, **content)
-    model = AutoModelForCausalLM.from_config(config)
-    found = read(json.loads(config.to_json_string(use_diff=False)), "small", "here")
-    assert found.parameters == sum(p.numel() for p in model.parameters())
-    assert found.tied is tied
-    head = model.get_output_embeddings().weight
-    assert found.head == head.numel()
-    assert found.trunk == found.parameters - head.numel() * (1 if tied else 2)
 
 
 def test_the_student_that_ships() -> None:

@@ -1,8 +1,10 @@
-"""`rlkd render`: which nodes, what is refused, what the command line does; and cluster/ is what it makes today."""
+"""`rlkd render`: what is refused, what the command line does; and cluster/ is what it makes today."""
 
+import functools
 import json
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from rlkd import cli
+from rlkd.cli_render import _settings
+from rlkd.config.load import load
+from rlkd.config.schema import Config
 from rlkd.core.errors import ConfigError
-from rlkd.render.job import LONGEST, Job
-from rlkd.render.nodes import Layout, Machine, Needs, by_kind, packed
+from rlkd.render.job import LONGEST, Job, check_storage
 from rlkd.render.settings import Settings, labels, platform, tolerations
 from rlkd.report.secrets import KNOWN
-from tests.render_help import CLUSTER, DAPO, DEMO, EXAMPLES, place
-
-NODE, SMALL = Machine(8, 64, 512), Machine(0, 8, 32)
+from tests.render_help import CLUSTER, DAPO, DEMO, EXAMPLES, ROOT, place
 
 
 @pytest.fixture
@@ -40,15 +42,6 @@ def refused(words: str) -> str:
     return str(result.stderr)
 
 
-def needs(ranks: int, workers: int, tensors: int = 1, scorers: int = 0, rewards: int = 1, **more: Any) -> Needs:
-    more.setdefault("least_rollout", workers)
-    return Needs((1.0,) * ranks, (float(tensors),) * workers, (1.0,) * scorers, rewards, **more)
-
-
-def shown(layout: Layout) -> list[tuple[str, int, int, bool]]:
-    return [(k.name, k.count, k.machine.gpus, k.stable) for k in layout.kinds]
-
-
 # -- cluster/ ----------------------------------------------------------------------------------------------------------
 
 
@@ -66,84 +59,7 @@ def test_nothing_else_is_in_cluster() -> None:
     assert there == set(EXAMPLES)
 
 
-# -- nodes -------------------------------------------------------------------------------------------------------------
-
-
-def test_roles_are_read_from_the_runs_own_bundles() -> None:
-    from rlkd.workers.placement import bundles
-
-    asked = bundles(2, 3, 4, 2, {"reference": 1, "teacher:big": 2, "writer:x-y": 1}, gpu=True)
-    found = Needs.of([(b.role, b.resources) for b in asked], 2, False)
-    assert found == Needs((1.0, 1.0), (4.0,) * 3, (1.0,) * 4, 2, 2)
-    on_cpu = bundles(1, 1, 1, 1, {}, gpu=False)
-    assert Needs.of([(b.role, b.resources) for b in on_cpu], 5, False) == Needs((0.0,), (0.0,), (), 1, 1)
-
-
-def test_the_learner_is_on_the_head_if_one_node_holds_it() -> None:
-    found = shown(by_kind(needs(4, 4, rewards=2), NODE, SMALL))
-    assert found == [("head", 1, 4, True), ("rollout", 1, 4, False), ("reward", 1, 0, False)]
-
-
-def test_a_large_learner_has_whole_nodes() -> None:
-    layout = by_kind(needs(64, 16, tensors=4, scorers=3, rewards=9, least_rollout=5), NODE, SMALL)
-    assert shown(layout) == [
-        ("head", 1, 0, True), ("learner", 8, 8, True), ("rollout", 8, 8, False), ("scorer", 1, 3, False),
-        ("reward", 2, 0, False),
-    ]  # fmt: skip
-    (rollout,) = [k for k in layout.kinds if k.name == "rollout"]
-    assert rollout.least == 3  # five workers, two on a node
-    assert layout.nodes == 20
-    assert packed(needs(64, 16, tensors=4, scorers=3), NODE) == (17, 8)
-
-
-def test_idle_gpus_are_told() -> None:
-    layout = by_kind(needs(4, 3, tensors=4), NODE, SMALL)
-    assert layout.notes == ("4 of the 16 GPUs of the rollout nodes stay idle",)
-
-
-def test_without_gpus_each_sampler_has_a_node() -> None:
-    wanted = Needs((0.0,), (0.0, 0.0), (0.0,), 3, 1)
-    layout = by_kind(wanted, Machine(0, 2, 8), SMALL)
-    assert shown(layout) == [
-        ("head", 1, 0, True),
-        ("rollout", 2, 0, False),
-        ("scorer", 1, 0, False),
-        ("reward", 2, 0, False),
-    ]
-    assert layout.kinds[1].least == 1
-    assert packed(wanted, Machine(0, 2, 8)) == (1, 1)
-
-
-def test_who_shares_gpus_is_on_one_kind_of_nodes() -> None:
-    assert shown(by_kind(needs(8, 8, shared=True), NODE, SMALL)) == [("head", 1, 8, True)]
-    assert shown(by_kind(needs(16, 16, shared=True), NODE, SMALL)) == [("head", 1, 8, True), ("learner", 1, 8, True)]
-    assert packed(needs(16, 16, shared=True), NODE) == (2, 2)
-
-
-@given(
-    st.integers(1, 32), st.integers(1, 20), st.sampled_from([1, 2, 4, 8]), st.integers(0, 9), st.integers(1, 20),
-    st.sampled_from([1, 2, 4, 8]),
-)  # fmt: skip
-def test_every_actor_has_its_gpus(
-    ranks: int, workers: int, tensors: int, scorers: int, rewards: int, gpus: int
-) -> None:
-    node = Machine(gpus, 64, 512)
-    wanted = needs(ranks, workers, tensors, scorers, rewards)
-    if tensors > gpus or (ranks > gpus and ranks % gpus):
-        for how in (lambda: by_kind(wanted, node, SMALL), lambda: packed(wanted, node)):
-            with pytest.raises(ConfigError, match="C442"):
-                how()
-        return
-    layout = by_kind(wanted, node, SMALL)
-    have = {k.name: k.count * k.machine.gpus for k in layout.kinds}
-    assert have["head"] + have.get("learner", 0) == ranks
-    assert have["rollout"] >= workers * tensors
-    assert have.get("scorer", 0) >= scorers
-    assert all(1 <= k.least <= k.count and k.machine.gpus <= gpus and k.machine.cpus >= 1 for k in layout.kinds)
-    assert [k.name for k in layout.kinds if k.stable] == ["head", "learner"][: 1 + (ranks > gpus)]
-    nodes, with_learner = packed(wanted, Machine(gpus, 1000, 512))
-    assert ranks + workers * tensors + scorers <= nodes * gpus
-    assert (with_learner - 1) * gpus < ranks <= max(with_learner * gpus, gpus)
+# -- what does not fit the nodes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -167,33 +83,51 @@ def test_what_does_not_fit_the_nodes(words: str, says: str, here: Path) -> None:
 # -- where checkpoints are ---------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def demo() -> Config:
+    return load(ROOT / DEMO)
+
+
+def unsafe(name: str, directory: str, remote: str | None = None, shared: str | None = None, apart: bool = False) -> str:
+    """Why a run's folder may not be there on this platform; nothing if it may."""
+    config = replace(
+        demo(), report=replace(demo().report, directory=directory), checkpoint=replace(demo().checkpoint, remote=remote)
+    )
+    try:
+        check_storage([config], name, Settings("x", shared, "c" if shared else None), apart)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("name", ["kuberay", "slurm", "ray-up"])
-@pytest.mark.usefixtures("here")
 def test_checkpoints_on_one_nodes_disk_are_refused(name: str) -> None:
-    said = refused(f"{DEMO} --for {name}")
+    said = unsafe(name, "runs")
     assert "report.directory=runs is on one node's own disk: when that node goes, the checkpoints go" in said
     assert "--shared DIR" in said
     assert "checkpoint.remote=s3://" in said
     assert "RLKD-C441" in said
-    for outside in ("/tmp/runs", "../runs"):
-        said = refused(f"{DEMO} report.directory={outside} --for {name} --shared /s --claim c")
+    for outside in ("/tmp/runs", "../runs", "/shared/runs"):
+        said = unsafe(name, outside, shared="/s")
         assert f"report.directory={outside} is not in /s, the folder that all nodes see" in said
-    for inside in ("runs", "/s/runs"):
-        assert invoke(f"{DEMO} report.directory={inside} --for {name} --shared /s --claim c").exit_code == 0
-    assert invoke(f"{DEMO} checkpoint.remote=s3://bucket/x --for {name}").exit_code == 0
+    assert unsafe(name, "runs", shared="/s", apart=True) == ""
+    assert unsafe(name, "/s/runs", shared="/s", apart=True) == ""
+    assert unsafe(name, "runs", remote="s3://bucket/x") == ""
+    assert "the parts of a checkpoint would not come together" in unsafe(name, "runs", "s3://bucket/x", apart=True)
 
 
 @pytest.mark.usefixtures("here")
-def test_a_remote_copy_does_not_bring_shards_of_two_nodes_together() -> None:
-    for name in ("kuberay", "slurm", "ray-up"):
+def test_the_command_refuses_them() -> None:
+    assert "report.directory=runs is on one node's own disk" in refused(f"{DEMO} --for slurm")
+    for name in ("slurm", "kuberay"):
         said = refused(f"{DAPO} checkpoint.remote=s3://bucket/x sync.kind=auto --for {name}")
         assert "the parts of a checkpoint would not come together" in said
 
 
-@pytest.mark.usefixtures("here")
 def test_docker_wants_paths_below_where_it_starts() -> None:
-    assert "is inside the container" in refused(f"{DEMO} report.directory=/data/runs --for docker")
-    assert invoke(f"{DEMO} --for docker").exit_code == 0
+    assert "is inside the container" in unsafe("docker", "/data/runs")
+    assert unsafe("docker", "/data/runs", "s3://bucket/x") == ""
+    assert unsafe("docker", "runs") == ""
 
 
 @pytest.mark.usefixtures("here")
@@ -209,7 +143,6 @@ def test_shared_memory_is_of_one_node() -> None:
 
 @pytest.mark.parametrize(("recipe", "least"), [(DEMO, 60), (DAPO, 100)])
 def test_the_grace_is_the_plans(recipe: str, least: int, here: Path) -> None:
-    from rlkd.config.load import load
     from rlkd.plan.saving import grace
     from rlkd.plan.shape import shape_of
 
@@ -302,23 +235,25 @@ def test_an_unknown_platform(name: str, says: str) -> None:
     assert "no such platform" in refused(f"{DEMO} --for {name}")
 
 
-@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
-    "option",
+    ("option", "value"),
     [
-        "--image 'a b'", "--image -x", "--shared relative", "--shared /a/../b", "--claim UPPER", "--secret a_b",
-        "--stable noequals", "--preemptible 'a b=c'", "--preemptible a=b:c", "--toleration a=b",
-        "--toleration a=b:Never", "--toleration =b:NoSchedule", "--time soon", "--sbatch partition=gpu",
-        "--sbatch=\"--x\n#SBATCH --y\"",
-        "--notice 3", "--retries=-1", "'model.system=a\nb'",
+        ("image", "a b"), ("image", "-x"), ("shared", "relative"), ("shared", "/a/../b"), ("claim", "UPPER"),
+        ("secret", "a_b"), ("stable", ["noequals"]), ("preemptible", ["a b=c"]), ("preemptible", ["a=b:c"]),
+        ("toleration", ["a=b"]), ("toleration", ["a=b:Never"]), ("toleration", ["=b:NoSchedule"]), ("time", "soon"),
+        ("sbatch", ["partition=gpu"]), ("sbatch", ["--x\n#SBATCH --y"]), ("notice", 3), ("retries", -1),
     ],
 )  # fmt: skip
-def test_bad_options_are_named(option: str) -> None:
-    said = refused(
-        f"{DEMO} --for slurm --shared /s {option}" if "--shared" not in option else f"{DEMO} --for slurm {option}"
-    )
-    assert "RLKD-C443" in said
-    assert option.strip("'-").split("=")[0].split()[0] in said
+def test_bad_options_are_named(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="C443") as refusal:
+        _settings({option: value}, gpu=False)
+    assert f"--{option} " in str(refusal.value)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("option", ["--notice 3", "'model.system=a\nb'"])
+def test_bad_options_end_the_command(option: str) -> None:
+    assert "RLKD-C443" in refused(f"{DEMO} --for slurm --shared /s {option}")
 
 
 def test_kuberay_needs_the_claim_of_the_shared_folder(here: Path) -> None:

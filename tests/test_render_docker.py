@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.render_help import CLUSTER, ROOT
+from tests.render_help import CLUSTER, ROOT, shellcheck
 
 STUBS = Path(__file__).parent / "render_stubs"
 FILES = sorted(CLUSTER.glob("*/docker/Dockerfile"))
@@ -54,16 +54,30 @@ def test_it_has_two_stages_and_names_what_is_there(file: Path) -> None:
 def test_it_ends_as_a_user_who_runs_the_doctor(file: Path) -> None:
     found = instructions(file)
     assert found[-2:] == [("USER", "rlkd"), ("CMD", '["rlkd", "doctor"]')]
-    assert any(word == "RUN" and "useradd --uid 1000" in rest for word, rest in found)  # as the pods say
+    steps = [rest for word, rest in found if word == "RUN"]
+    assert any("useradd --uid 1000" in step for step in steps)  # as the pods say
+    assert {"wget", "rsync", "openssh-client"} <= set(steps[-1].split())  # KubeRay's probes, `ray up`
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: p.parts[-3])
+def test_a_login_shell_finds_rlkd(file: Path, tmp_path: Path) -> None:
+    """`ray up` uses such; Debian's /etc/profile forgets what PATH was, and then reads /etc/profile.d."""
+    (command,) = re.findall(r'(echo ".*") > /etc/profile.d/rlkd.sh', file.read_text())
+    line = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
+    (tmp_path / "rlkd.sh").write_text(line)
+    shell = f"PATH=/usr/bin; . {tmp_path}/rlkd.sh; echo $PATH"
+    found = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True)
+    assert found.stdout == "/opt/rlkd/bin:/usr/bin\n"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: p.parts[-3])
 def test_its_steps_are_shell(file: Path, tmp_path: Path) -> None:
+    steps = []
     for number, rest in enumerate(rest for word, rest in instructions(file) if word == "RUN"):
-        step = tmp_path / f"{number}.sh"
-        step.write_text(f"#!/bin/sh\n{rest}\n")
-        checked = subprocess.run(["shellcheck", str(step)], capture_output=True, text=True, check=False)
-        assert checked.returncode == 0, checked.stdout
+        steps.append(tmp_path / f"{number}.sh")
+        steps[-1].write_text(f"#!/bin/sh\n{rest}\n")
+    assert len(steps) >= 4
+    assert shellcheck(*steps) == ""
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: p.parts[-3])

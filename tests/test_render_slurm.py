@@ -8,22 +8,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlkd.render.job import Job
 from rlkd.render.nodes import Machine
 from rlkd.render.platforms import slurm
 from rlkd.render.settings import Settings
-from tests.render_help import CLUSTER, ROOT
+from tests.render_help import CLUSTER, ROOT, shellcheck
 
 STUBS = Path(__file__).parent / "render_stubs"
 SCRIPTS = [*CLUSTER.rglob("*.sh"), *CLUSTER.rglob("*.sbatch")]
 Until = Callable[[str], None]
 
 
-def script(folder: Path, nodes: int = 3, with_learner: int = 2, grace_s: int = 90) -> str:
+def script(folder: Path, nodes: int = 3, stable: int = 2, grace_s: int = 90) -> str:
     job = Job("demo.1", "a recipe.yaml", ("seed=1",), str(folder), grace_s, False, "2.60.0", "Rendered by: x")
     said = Settings("rlkd:cpu", str(folder), retries=2, sbatch=("--partition=gpu",))
-    return slurm(job, nodes, with_learner, Machine(0, 2, 8), said)["job.sbatch"]
+    return slurm(job, nodes, stable, Machine(0, 2, 8), said)["job.sbatch"]
 
 
 class Run:
@@ -33,7 +34,7 @@ class Run:
         self.folder, self.text = folder, text
         self.environment = {
             **os.environ, "PATH": f"{STUBS}:{os.environ['PATH']}", "STUBS": str(folder), "SLURM_JOB_ID": "4711",
-            "SLURM_JOB_NAME": "demo-1", "SLURM_JOB_NODELIST": "node[1-3]", "RLKD_STOP_WAIT": "2",
+            "SLURM_JOB_NAME": "demo-1", "SLURM_JOB_NODELIST": "node[1-3]", "RLKD_STOP_WAIT": "60",
             "RAYS": "3", **environment,
         }  # fmt: skip
         (folder / "job.sbatch").write_text(text)
@@ -104,20 +105,21 @@ def test_what_slurm_reads(tmp_path: Path) -> None:
     assert "#SBATCH --gpus-per-node=8\n" in big
 
 
-@pytest.mark.parametrize("file", SCRIPTS, ids=lambda p: str(p.relative_to(CLUSTER)))
-def test_shellcheck_has_nothing_to_say(file: Path) -> None:
-    found = subprocess.run(["shellcheck", "--norc", str(file)], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout
-
-
-def test_shellcheck_also_of_what_is_inside_the_rayjob(tmp_path: Path) -> None:
-    import yaml
-
-    for file in CLUSTER.rglob("rayjob.yaml"):
+def test_shellcheck_has_nothing_to_say(tmp_path: Path) -> None:
+    """Neither of the scripts, nor of what is inside the RayJobs."""
+    inside = []
+    for number, file in enumerate(CLUSTER.rglob("rayjob.yaml")):
         (config, _) = yaml.safe_load_all(file.read_text())
-        (tmp_path / "train.sh").write_text(config["data"]["train.sh"])
-        found = subprocess.run(["shellcheck", str(tmp_path / "train.sh")], capture_output=True, text=True, check=False)
-        assert found.returncode == 0, found.stdout
+        inside.append(tmp_path / f"{number}.sh")
+        inside[-1].write_text(config["data"]["train.sh"])
+    assert len(SCRIPTS) == 3
+    assert len(inside) == 2
+    assert shellcheck(*SCRIPTS, *inside) == ""
+
+
+def test_shellcheck_finds_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "x.sh").write_text(script(tmp_path).replace('"$head"', "$head"))
+    assert "SC2086" in shellcheck(tmp_path / "x.sh")
 
 
 def test_the_scripts_that_are_started_may_be() -> None:
@@ -147,7 +149,7 @@ def test_a_run_to_its_end(tmp_path: Path, started: Callable[..., Run]) -> None:
     assert "ended with exit code 0" in said
 
 
-@pytest.mark.parametrize("code", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("code", [2, 6])
 def test_other_ends_are_not_repeated(code: int, started: Callable[..., Run]) -> None:
     run = started(ENDS=str(code))
     assert run.end()[0] == code
@@ -237,16 +239,17 @@ def test_the_run_starts_when_all_nodes_are_there(started: Callable[..., Run]) ->
 
 
 def test_nodes_that_do_not_join_are_told(started: Callable[..., Run]) -> None:
-    run = started(ENDS="0", RAY_SLOW="1", RLKD_HEAD_WAIT="2", RLKD_NODES_WAIT="1")
+    run = started(ENDS="0", RAY_SLOW="1", RLKD_NODES_WAIT="-300")
     code, said = run.end()
     assert code == 0
     assert "warning: 1 of 3 Ray nodes are there, and the run starts" in said
 
 
 def test_one_node_has_no_other_steps(tmp_path: Path, started: Callable[..., Run]) -> None:
-    run = started(script(tmp_path, nodes=1, with_learner=1), ENDS="0", RAYS="1")
+    run = started(script(tmp_path, nodes=1, stable=0), ENDS="0", RAYS="1")
     assert run.end()[0] == 0
-    assert sum(c.startswith("ray start") for c in run.calls()) == 1
+    (ray,) = [c for c in run.calls() if c.startswith("ray start")]
+    assert "stable" not in ray
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path, started: Callable[..., Run]) -> None:

@@ -42,6 +42,7 @@ def test_status_of_a_run_tells_of_every_attempt() -> None:
     client.add("demo-10", "PENDING")
     client.add("demo-x-1", "RUNNING", None, "another")
     client.add("demo-2~stop", "SUCCEEDED")
+    client.add("demo~preflight-123456", "SUCCEEDED")
     said = control.status(jobs(client), "demo")
     assert [row["id"] for row in said["attempts"]] == ["demo-1", "demo-2", "demo-10"]
     assert said["attempts"][0]["exit"] == 75
@@ -57,6 +58,7 @@ def test_status_without_a_name_tells_of_every_run() -> None:
     client.add("demo-1", *ended(0, 9, "SUCCEEDED"))
     client.add("b-1", "RUNNING", None, "")
     client.add("raysubmit_x", "RUNNING", None, "somebody else's")
+    client.add("demo~preflight-123456", "RUNNING", None, "")
     assert [run["name"] for run in control.status(jobs(client), None)["runs"]] == ["b", "demo"]
 
 
@@ -81,7 +83,7 @@ def test_logs_are_those_of_the_newest_attempt_or_of_the_one_that_is_named() -> N
     assert said == ["demo-1: exit 75 (preempt); SIGTERM; saved: step 4"]
 
 
-@pytest.mark.parametrize("name", ["dem", "demo-3", "other"])
+@pytest.mark.parametrize("name", ["dem", "demo-3", "other", "demo-1~stop"])
 def test_a_run_that_nobody_submitted(name: str) -> None:
     client = FakeClient()
     client.add("demo-1", "RUNNING")

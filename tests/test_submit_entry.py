@@ -132,7 +132,8 @@ def test_a_node_says_its_versions_and_what_it_lacks(tmp_path: Path) -> None:
     assert found["versions"]["no-such-package"] is None
 
 
-def test_a_node_with_another_disk_says_so(tmp_path: Path) -> None:
+def test_a_node_with_another_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "SEE_S", 0.1)
     assert probe.look(asked(tmp_path), str(tmp_path / "not-here"))["token"] is False
 
 

@@ -125,7 +125,8 @@ def test_a_file_that_is_missing_is_named_with_its_key(tmp_path: Path) -> None:
 
 @pytest.mark.faults("F68")
 def test_folders_travel_without_what_is_large_or_private(tmp_path: Path) -> None:
-    for name in ("set/a.arrow", "set/.git/x", "set/runs/y", "set/w.safetensors", "set/__pycache__/z.pyc"):
+    left_out = (".git/x", "runs/y", "w.safetensors", "__pycache__/z.pyc", "venv/x", ".gitignore", "b/.rayignore")
+    for name in ("set/a.arrow", *(f"set/{name}" for name in left_out)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     package = made(recipe(tmp_path, data={"train": {"kind": "huggingface", "path": "set"}}))

@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from ray.tune import PlacementGroupFactory
 from ray.tune.result import SHOULD_CHECKPOINT
 
 from rlkd import staged
@@ -35,7 +37,9 @@ from rlkd.sweep.fork import Origin, forked
 from rlkd.sweep.page import page
 from rlkd.sweep.spec import Spec
 from rlkd.sweep.table import Row
+from rlkd.sweep.told import Told, why_lost
 from rlkd.sweep.trial import STOP, Plan, Trial
+from rlkd.sweep.tuner import Sweep
 from rlkd.tune import trainable
 from rlkd.watch import Watch
 from rlkd.workers.placement import Bundle, seated
@@ -191,7 +195,7 @@ def trial(tmp_path: Path, config: dict[str, Any] | None = None, **plan: Any) -> 
     name = recipe(tmp_path)
     Trial.plan = Plan(name, tuple(EVERY), str(tmp_path), str(tmp_path / "sweep/runs"), **plan)
     made.given, made.root = config or {"learner.lr": 1e-4}, tmp_path / "sweep/runs/trial-000"
-    made.run, made.origin, made.told = None, None, {"step": 0}
+    made.run, made.origin, made.told = None, None, {"step": 0, METRIC: math.nan}
     return made
 
 
@@ -212,7 +216,20 @@ def test_a_run_without_a_last_evaluation_is_done_all_the_same(tmp_path: Path, fa
     fake([5])
     one = trial(tmp_path)
     assert one.step()["step"] == 5
-    assert one.step() == {"step": 5, METRIC: 0.05, SHOULD_CHECKPOINT: True, "done": True}
+    assert one.step() == {"step": 5, METRIC: 0.05, SHOULD_CHECKPOINT: True, "done": True, "whole": True}
+
+
+def test_a_run_that_was_never_evaluated_has_an_unknown_metric(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    """Tune itself ends on a result without the metric."""
+    fake([])
+    result = trial(tmp_path).step()
+    assert result["done"]
+    assert math.isnan(result[METRIC])
+
+
+def test_an_evaluation_without_the_metric_has_an_unknown_one(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
+    fake([5])
+    assert math.isnan(trial(tmp_path, metric="eval/other").step()["eval/other"])
 
 
 @pytest.mark.parametrize("error", [DivergedError("RLKD-T001", "no number"), DataError("RLKD-D020", "no signal")])
@@ -229,6 +246,27 @@ def test_a_trial_whose_settings_do_not_work_has_a_result(
 def test_a_recipe_that_cannot_be_loaded_is_a_result_too(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
     fake([])
     assert "RLKD-C012" in trial(tmp_path, {"learner.lr": -1.0}).step()["failed"]
+
+
+def test_values_that_fit_no_recipe_do_not_end_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corners are checked before the start, and not everything between them: Tune still gets a group for the trial,
+    and the table its row."""
+    asked: list[float] = []
+
+    def group(stages: list[Stage], _: int | None) -> PlacementGroupFactory:
+        asked.append(stages[0].config.learner.lr)
+        return PlacementGroupFactory([{"CPU": 1}])
+
+    monkeypatch.setattr(resources, "group", group)
+    made = trainable(recipe(tmp_path), EVERY, runs=tmp_path / "runs")
+    made.default_resource_request({"learner.lr": 3e-4})
+    made.default_resource_request({"learner.lr": -1.0})
+    assert asked == [3e-4, load(recipe(tmp_path))[0].config.learner.lr]
+    bad = {"step": 0, METRIC: math.nan, "failed": "RLKD-C012: learner.lr=-1.0"}
+    one = SimpleNamespace(config={"learner.lr": -1.0}, metrics=bad, path=str(tmp_path / "trial-000"), error=None)
+    space = read(tmp_path, "learner.lr: {uniform: [-1, 1]}\n")
+    (found,) = Sweep(recipe(tmp_path), tuple(EVERY), space, tmp_path).rows([one])
+    assert (found.state, found.curve, found.cause) == ("failed", {}, "RLKD-C012: learner.lr=-1.0")
 
 
 @pytest.mark.parametrize(
@@ -417,6 +455,56 @@ def test_pbt_s_numbers_stay_within_the_space() -> None:
     assert search.inside(specs, {"a": 1.2e-3, "b": 9.6, "c": "x"}) == {"a": 1e-3, "b": 8, "c": "x"}
 
 
+class Ended(OfTune):
+    """A trial as Tune's callbacks see it."""
+
+    def __init__(self, **last: Any) -> None:
+        super().__init__(0)
+        self.last_result, self.config = {"step": 5, METRIC: 0.25, "done": True, **last}, {"learner.lr": 1e-4}
+
+    def __str__(self) -> str:
+        return "trial-000"
+
+    def is_finished(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        ({}, ["step 5: eval/pass@1 0.25", "stopped by the scheduler"]),
+        ({"whole": True}, ["step 5: eval/pass@1 0.25; done"]),
+        ({"failed": "diverged"}, ["failed: diverged"]),
+    ],
+)
+def test_what_is_said_of_a_trial_s_end(
+    last: dict[str, Any], says: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tune marks those that its scheduler stops as done, too."""
+    one, told = Ended(**last), Told(METRIC, 8)
+    told.on_trial_result(1, [one], one, one.last_result)
+    told.on_trial_complete(1, [one], one)
+    assert capsys.readouterr().err.splitlines() == [
+        *(f"[trial-000] {text}" for text in says),
+        "[sweep] 1 of 8 trials have ended",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("Failure # 1 (occurred at x)\nray::rlkd_trial.train()\n  File\nRuntimeError: a bug\n", "RuntimeError: a bug"),
+        ("Failure # 1 (x)\nray::a\nE: a\nFailure # 2 (x)\nThe actor died unexpectedly.\n\tpid: 3\n",
+         "The actor died unexpectedly."),
+        ("", "no error was given"),
+    ],
+)  # fmt: skip
+def test_why_a_trial_was_lost(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "error.txt").write_text(text)
+    assert why_lost(str(tmp_path / "error.txt")) == says
+    assert why_lost(None) == "no error was given"
+
+
 def test_optuna_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(PreflightError, match="optuna is not installed") as error:
@@ -467,18 +555,18 @@ def test_the_command_of_the_best_can_be_given_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "lost", "ended", "state"),
+    ("last", "lost", "state"),
     [
-        ({"step": 20, METRIC: 0.5}, "", True, "done"),
-        ({"step": 5, METRIC: 0.5}, "", True, "stopped"),
-        ({"step": 5, "failed": "why"}, "", True, "failed"),
-        ({"step": 5, METRIC: 0.5}, "ActorDied", True, "lost"),
-        ({}, "", False, "unfinished"),
+        ({"step": 20, METRIC: 0.5, "done": True, "whole": True}, "", "done"),
+        ({"step": 5, METRIC: 0.5, "done": True}, "", "stopped"),  # as Tune marks those that its scheduler stops
+        ({"step": 5, "failed": "why"}, "", "failed"),
+        ({"step": 5, METRIC: 0.5}, "ActorDied", "lost"),
+        ({}, "", "unfinished"),
     ],
 )
-def test_states(tmp_path: Path, last: dict[str, Any], lost: str, ended: bool, state: str) -> None:
+def test_states(tmp_path: Path, last: dict[str, Any], lost: str, state: str) -> None:
     stages = load(recipe(tmp_path), EVERY)
-    assert table.row("t", {}, last, lost, stages, METRIC, tmp_path / "none", ended).state == state
+    assert table.row("t", {}, last, lost, stages, METRIC, tmp_path / "none").state == state
 
 
 def test_curves_are_read_from_the_runs(tmp_path: Path) -> None:
@@ -520,8 +608,14 @@ def test_only_the_same_command_goes_on(tmp_path: Path) -> None:
     assert "sweep.trials None → 9" in str(error.value)
     with pytest.raises(PreflightError, match=r"the recipe \(lr: 0.01\)"):
         record.refuse_other(folder, name, [*EVERY, "learner.lr=0.01"], space)
-    same = read(tmp_path, "learner.lr: {uniform: [1e-6, 1e-4]}\nsweep: {at_once: 9, failures: 1}\n")
-    record.refuse_other(folder, name, EVERY, same)
+
+
+def test_a_sweep_that_was_stopped_before_its_first_trial_may_be_another_one(tmp_path: Path) -> None:
+    folder = tmp_path / "runs/sweep-x"
+    folder.mkdir(parents=True)
+    for left in (STOP, ".lease.lock"):
+        (folder / left).touch()
+    record.refuse_other(folder, recipe(tmp_path), EVERY, read(tmp_path, "seed: {choice: [1, 2]}\n"))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -555,11 +649,16 @@ def test_names_of_trials() -> None:
 # --- stopping
 
 
-def interrupted(folder: Path, number: int) -> None:
+def interrupted(folder: Path, number: int, in_ray: bool = False) -> None:
     """A sweep that gets this signal."""
     with stopping.saving(folder):
-        os.kill(os.getpid(), number)
-        time.sleep(5)
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            if in_ray:
+                raise KeyboardInterrupt from None
+            raise
 
 
 def lease(run: Path) -> None:
@@ -578,6 +677,17 @@ def test_the_first_signal_waits_for_the_trials(tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="every trial has saved"):
         interrupted(tmp_path, signal.SIGTERM)
     assert (tmp_path / STOP).exists()
+
+
+def test_a_signal_in_the_middle_of_a_call_of_ray(tmp_path: Path) -> None:
+    """Ray turns whatever a handler raises into a KeyboardInterrupt of its own."""
+    with pytest.raises(Stopped, match="every trial has saved"):
+        interrupted(tmp_path, signal.SIGINT, in_ray=True)
+
+
+def test_an_interrupt_that_nobody_asked_for_stays_one(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), stopping.saving(tmp_path):
+        raise KeyboardInterrupt
 
 
 def test_the_second_one_does_not(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rlkd.plan.hardware import GIB
 from rlkd.plan.plan import Plan
 from rlkd.plan.work import Lengths
 
-Row = Mapping[str, float | None]  # a step of metrics.jsonl
+Row = Mapping[str, Any]  # a step of metrics.jsonl: numbers, None where unknown
 WARM = 2  # steps that are left out where there are more: the first compiles, fills caches, makes moments
 STAGES = ("rollout", "score", "learn", "sync")
 
@@ -31,16 +32,18 @@ class Compared:
 
 def lengths_of(rows: Sequence[Row], prompt: float) -> Lengths:
     """Of what was trained: the mean answer of the steps that are compared, and for memory the step that had the most
-    to hold. ValueError without a step."""
-    if not rows:
-        raise ValueError("no step was trained yet")
-    means = [tokens / samples for r in _warm(rows) if (tokens := r.get("batch/tokens")) is not None
-             and (samples := r.get("batch/samples"))]  # fmt: skip
-    most = [tokens / samples for r in rows if (tokens := r.get("batch/tokens")) is not None
-            and (samples := r.get("batch/samples"))]  # fmt: skip
-    answer = statistics.mean(means)
+    to hold. ValueError if the rows say nothing of it."""
+    if not _answers(rows):
+        raise ValueError("no step says how many tokens it trained (batch/tokens, batch/samples)")
+    answer, most = statistics.mean(_answers(_warm(rows)) or _answers(rows)), max(_answers(rows))
     text = f"prompts of {prompt:.0f} tokens, answers of {answer:.1f} (measured)"
-    return Lengths(prompt, answer, math.ceil(prompt), math.ceil(max(most)), text)
+    return Lengths(prompt, answer, math.ceil(prompt), math.ceil(most), text)
+
+
+def _answers(rows: Sequence[Row]) -> list[float]:
+    """Mean answer of each step that knows it, in tokens."""
+    known = ((r.get("batch/tokens"), r.get("batch/samples")) for r in rows)
+    return [tokens / samples for tokens, samples in known if tokens is not None and samples]
 
 
 def compared(plan: Plan, rows: Sequence[Row]) -> list[Compared]:
@@ -51,7 +54,7 @@ def compared(plan: Plan, rows: Sequence[Row]) -> list[Compared]:
         measured = _median(rows, f"seconds/{stage}")
         if predicted or measured > 0.01:
             found.append(Compared(stage, "s", predicted, measured))
-    found.append(Compared("tokens written", "/s", plan.tokens_per_s, _median(rows, "tokens_per_second")))
+    found.append(Compared("tokens of answers", "/s", plan.tokens_per_s, _median(rows, "tokens_per_second")))
     for role in ("learner", "rollout"):
         memory = plan.memory[role]
         held = [v for r in rows if (v := r.get(f"memory/{role}_peak_gib")) is not None]

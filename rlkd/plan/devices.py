@@ -51,12 +51,12 @@ def changed(config: Config, changes: Changes) -> Config:
 
 def splits(config: Config, gpus: int, tensors: int) -> Iterator[Changes]:
     """Ways to use exactly so many GPUs: learner ranks and rollout workers apart, and on the same ones; a rollout worker
-    has `tensors` of them. Only what differs from the recipe is named."""
+    has `tensors` of them, and shares only one. Only what differs from the recipe is named."""
     others = sum(scorers(config).values()) + sum(writers(config).values())
     for workers in _some((gpus - others - 1) // tensors):
         yield _differing(config, gpus - others - workers * tensors, workers, tensors, False)
-    if gpus % tensors == 0:
-        yield _differing(config, gpus, gpus // tensors, tensors, True)
+    if tensors == 1:
+        yield _differing(config, gpus, gpus, 1, True)
 
 
 def _some(most: int) -> list[int]:

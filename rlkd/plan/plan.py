@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens written, and trained, a second."""
+        """Tokens of answers a second."""
         return self.work.written / self.step.step
 
     @property
@@ -156,6 +156,9 @@ def _shortages(
 
 def _sampler_shortages(config: Config, shape: Shape, work: Work, hardware: Hardware) -> list[Shortage]:
     s, found = config.sampler, []
+    if config.ray.share_gpus and s.tensor_parallel > 1:  # it gets a share of one GPU (workers/placement.py)
+        what = f"sampler.tensor_parallel={s.tensor_parallel} needs GPUs of its own, and ray.share_gpus is true"
+        found.append(Shortage("rollout", what))
     if shape.heads % s.tensor_parallel:
         what = f"sampler.tensor_parallel={s.tensor_parallel} does not divide the model's {shape.heads} heads"
         found.append(Shortage("rollout", what))

@@ -66,6 +66,8 @@ def rollout_s(config: Config, shape: Shape, work: Work, hardware: Hardware, tail
     With `tail` until the longest is done; without it (samples of the next steps fill the places) at a full batch.
     Lengths are taken as exponential around their mean: the longest of n is mean·(1 + ln n), cut at max_tokens.
     """
+    if not work.sampled:
+        return 0.0
     s, mean = config.sampler, max(work.lengths.answer, 1.0)
     mine = work.sequences / s.workers
     at_once = _at_once(config, shape, work, hardware, mine)

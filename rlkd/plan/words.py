@@ -22,7 +22,7 @@ def _what(plan: Plan) -> list[str]:
     lines = [f"model        {shape.name}: {_parameters(shape)}"]
     lines += [f"             {name}: {_parameters(frozen)}" for name, frozen in plan.models.frozen.items()]
     lines.append(f"lengths      {plan.work.lengths.said}; at most {plan.work.lengths.longest:,} together")
-    lines.append(f"step         {plan.work.sequences:,} samples, {plan.work.written:,.0f} tokens written, "
+    lines.append(f"step         {plan.work.sequences:,} samples, {plan.work.written:,.0f} tokens of answers, "
                  f"{plan.work.computed:,.0f} computed by the learner")  # fmt: skip
     if not plan.hardware.gpu:
         machine = f"this machine: {plan.hardware.memory / GIB:.1f} GiB, {plan.hardware.flops / 1e9:.0f} GFLOP/s"
@@ -79,7 +79,7 @@ def _time(plan: Plan, price: float | None) -> list[str]:
     stages += f", score {seconds(s.score)}" if s.score else ""
     lines = [f"time         {seconds(s.step)} a step, by {s.bound} ({stages}; verifiers are not foreseen)"]
     each = plan.tokens_per_s / plan.devices.total
-    rate = f"{plan.tokens_per_s:,.0f} tokens written a second"
+    rate = f"{plan.tokens_per_s:,.0f} tokens of answers a second"
     if plan.devices.total > 1:
         rate += f", {each:,.0f} a device"
     idle = ", ".join(f"{role} {share:.0%}" for role, share in s.idle.items() if share > 0.005)

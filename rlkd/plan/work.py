@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rlkd.config.schema import Config
 from rlkd.core.types import Signal
 from rlkd.plan.shape import Shape
+from rlkd.rollout.traced import Traced
 
 SCORED = frozenset({Signal.TEACHER, Signal.TEACHER_TOPK})
 PROMPT = 256  # tokens of the longest prompt, where neither recipe nor data say
@@ -52,6 +53,7 @@ class Work:
     share_prompt: bool  # the learner and the scorers compute a group's prompt once
     prefix_caching: bool  # the sampler does
     scored: tuple[str, ...]  # frozen models that score every sample
+    sampled: bool = True  # False: the policy writes nothing, answers are of others (SFT)
 
     @property
     def sequences(self) -> int:
@@ -59,7 +61,7 @@ class Work:
 
     @property
     def written(self) -> float:
-        """Tokens that are sampled, and trained."""
+        """Tokens of answers: what is sampled, and trained."""
         return self.sequences * self.lengths.answer
 
     @property
@@ -98,6 +100,7 @@ def work_of(config: Config, lengths: Lengths) -> Work:
         config.learner.share_prompt,
         config.sampler.prefix_caching,
         tuple(scorers(config)),
+        not isinstance(config.algorithm.rollout, Traced),
     )
 
 

@@ -36,8 +36,6 @@ class Job:
         """The name as Kubernetes wants it: small letters, digits and `-`, a letter first."""
         plain = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
         plain = plain if plain[:1].isalpha() else f"run-{plain}".rstrip("-")
-        if plain == self.name and len(plain) <= LONGEST:
-            return plain
         if len(plain) <= LONGEST:
             return plain
         return f"{plain[: LONGEST - 7].rstrip('-')}-{hashlib.blake2b(self.name.encode(), digest_size=3).hexdigest()}"

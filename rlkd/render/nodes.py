@@ -90,6 +90,22 @@ class Layout:
         return sum(kind.count for kind in self.kinds)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Equal nodes that hold everybody, the learner's first."""
+
+    nodes: int
+    with_learner: int
+    apart: bool = True  # nobody else needs room on the learner's
+    idle: int = 0  # GPUs that nobody uses
+
+    @property
+    def stable(self) -> int:
+        """How many, from the first, may carry the resource `stable`: a run puts nobody but the learner there while it
+        has other nodes, so that none may where the others need their room."""
+        return self.with_learner if self.apart or self.nodes == self.with_learner else 0
+
+
 def by_kind(needs: Needs, node: Machine, small: Machine) -> Layout:
     """Nodes of their own for every role, so that each may be stable or preemptible.
 
@@ -117,32 +133,35 @@ def by_kind(needs: Needs, node: Machine, small: Machine) -> Layout:
     return Layout(tuple(kinds), tuple(notes))
 
 
-def packed(needs: Needs, node: Machine) -> tuple[int, int]:
-    """As few equal nodes as hold everybody, and how many of them (the first) hold learner ranks.
+def packed(needs: Needs, node: Machine) -> Packed:
+    """As few equal nodes as hold everybody.
 
     For platforms that give and take all nodes at once. ConfigError RLKD-C442 if the actors do not fit the nodes.
     """
     if node.gpus == 0:
-        return 1, 1
+        return Packed(1, 1)
     if needs.shared:
         nodes = _on_the_same(needs, node).nodes
-        return nodes, nodes
+        return Packed(nodes, nodes, idle=nodes * node.gpus - len(needs.learner))
     with_learner = 1
     if len(needs.learner) > node.gpus:
         with_learner = _whole(needs, node) // node.gpus
     free = [node.gpus] * with_learner
     _fill(free, needs.learner, node)
+    first = with_learner
     for key, carried in (("sampler", needs.rollout), ("teachers", needs.scorer)):
         if carried:
             _gpus_of_one(key, carried, node)
-            _fill(free, carried, node)
-    actors = len(needs.learner) + len(needs.rollout) + len(needs.scorer) + needs.reward
+            first = min(first, _fill(free, carried, node))
+    others = len(needs.rollout) + len(needs.scorer) + needs.reward
+    actors = len(needs.learner) + others
     if actors > len(free) * node.cpus:
         what = (
             f"{actors} actors take a CPU each, and {len(free)} nodes of {node.cpus} CPUs have {len(free) * node.cpus}"
         )
         raise ConfigError("RLKD-C442", what, where="--cpus-per-node", fix=f"at least {math.ceil(actors / len(free))}")
-    return len(free), with_learner
+    apart = first >= with_learner and others <= (len(free) - with_learner) * node.cpus
+    return Packed(len(free), with_learner, apart, sum(free))
 
 
 def _whole(needs: Needs, node: Machine) -> int:
@@ -208,8 +227,9 @@ def _gpus_of_one(key: str, carried: Sequence[float], node: Machine) -> int:
     return each
 
 
-def _fill(free: list[int], carried: Sequence[float], node: Machine) -> None:
-    """Take GPUs of the first node that has enough, of a new one where none has."""
+def _fill(free: list[int], carried: Sequence[float], node: Machine) -> int:
+    """Take GPUs of the first node that has enough, of a new one where none has. The first node that was used."""
+    first = len(free)
     for gpus in carried:
         each = max(1, math.ceil(gpus))
         at = next((i for i, left in enumerate(free) if left >= each), None)
@@ -217,6 +237,8 @@ def _fill(free: list[int], carried: Sequence[float], node: Machine) -> None:
             free.append(node.gpus)
             at = len(free) - 1
         free[at] -= each
+        first = min(first, at)
+    return first
 
 
 def _part(node: Machine, gpus: int) -> Machine:

@@ -47,9 +47,9 @@ def _group(kind: Kind, job: Job, settings: Settings) -> dict[str, Any]:
     }
 
 
-def slurm(job: Job, nodes: int, with_learner: int, node: Machine, settings: Settings) -> Mapping[str, str]:
-    """One batch script: Ray on all nodes of the job, the driver on the first."""
-    values = {"job": job, "nodes": nodes, "with_learner": with_learner, "node": node, "settings": settings}
+def slurm(job: Job, nodes: int, stable: int, node: Machine, settings: Settings) -> Mapping[str, str]:
+    """One batch script: Ray on all nodes of the job, the driver on the first; the first `stable` are the learner's."""
+    values = {"job": job, "nodes": nodes, "stable": stable, "node": node, "settings": settings}
     return {"job.sbatch": fill("job.sbatch.j2", **values)}
 
 

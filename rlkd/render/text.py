@@ -1,5 +1,6 @@
 """Templates (templates/*) filled in. Every value is put in as data: `| q` in yaml, `| sh` in a shell."""
 
+import functools
 import json
 import shlex
 from pathlib import Path
@@ -15,6 +16,7 @@ def quoted(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+@functools.cache
 def _environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlkd.config.stages import Stage
 from rlkd.core.errors import INTERRUPTED, OK, ConfigError, InfrastructureError, PreflightError, RlkdError
@@ -35,6 +36,7 @@ UNKNOWN_GRACE_S = 180  # where nothing is known of the model's size
 LONGEST_PAUSE_S = 300.0
 WAITS_ITSELF_S = 60.0  # a run with a longer ray.wait_s waits for nodes itself, and an autoscaler sees what it wants
 Say = Callable[[str], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -70,27 +72,47 @@ class Submission:
 
     def run(self) -> int:
         """Until the run has ended; the exit code."""
-        job = self._there()
         self.say(self.package.words())
-        retry = 0
+        try:
+            return self._attempts()
+        except KeyboardInterrupt:
+            return self._let_go()
+        except (Unanswered, NoSuchJob) as error:
+            raise unanswered(self.jobs, error) from error
+
+    def _attempts(self) -> int:
+        retry, job = 0, self._next(0)
+        while True:
+            if self.options.detach:
+                self.say(f"{job.id} goes on by itself, and nobody submits it again; {self._how()}")
+                return OK
+            end = self._follow(job)
+            if (code := self._outcome(job, end, retry)) is not None:
+                return code
+            self._pause()
+            if self._is_last(job):
+                return self._stopped(end)
+            retry += 1
+            job = self._patient(partial(self._next, retry))
+
+    def _next(self, retry: int) -> Job:
+        return self._there() or self._start(retry)
+
+    def _patient(self, ask: Callable[[], Result]) -> Result:
+        """What the cluster answers; between two attempts it is asked again while it does not. An attempt that was
+        submitted though nobody said so is found by the next question."""
+        began = time.monotonic()
         while True:
             try:
-                job = job or self._start(retry)
-                if self.options.detach:
-                    self.say(f"{job.id} goes on by itself, and nobody submits it again; {self._how()}")
-                    return OK
-                end = self._follow(job)
-                if (code := self._outcome(job, end, retry)) is not None:
-                    return code
-                retry += 1
-                self._pause(end)
-                if self.jobs.is_last(job.id):
-                    return self._stopped(job, end)
-            except KeyboardInterrupt:
-                return self._let_go(job)
+                return ask()
             except Unanswered as error:
-                raise unanswered(self.jobs, error) from error
-            job = None
+                if time.monotonic() - began > self.options.patience_s:
+                    raise
+                self.say(f"no answer of the cluster ({error}): asked again")
+                self.sleep(max(self.options.pause_s, 1.0))
+
+    def _is_last(self, job: Job) -> bool:
+        return self._patient(lambda: self.jobs.is_last(job.id))
 
     def _there(self) -> Job | None:
         """An attempt that is running already: it is followed, if it is what would be submitted."""
@@ -125,7 +147,7 @@ class Submission:
             self.jobs.submit(job_id, self._entrypoint(), runtime_env, told)
         which = f"attempt {number}" + (f" (retry {retry} of {options.retries})" if retry else "")
         self.say(f"job {job_id}  {which}   stop grace {stop_s} s ({why})   {self.jobs.dashboard(job_id)}")
-        return self.jobs.get(job_id)
+        return self._patient(lambda: self.jobs.get(job_id))
 
     @contextmanager
     def _runtime_env(self) -> Iterator[dict[str, Any]]:
@@ -177,7 +199,8 @@ class Submission:
             shape = shape_of(path) if cluster.config is None else shape_read(cluster.config, path, "model.path")
         except RlkdError:
             return UNKNOWN_GRACE_S, "nothing is known of this model's size; --grace sets it"
-        found: Grace = grace(config, shape, run=Path(self.package.run_folder))
+        run = Path(self.package.run_folder)
+        found: Grace = max((grace(s.config, shape, run=run) for s in self.stages), key=lambda g: g.total_s)
         if self.last is not None and self.last.save_s is not None:
             step_s = found.drain_s if self.last.step_s is None else self.last.step_s
             found = replace(found, save_s=self.last.save_s, drain_s=step_s, measured=True)
@@ -197,8 +220,8 @@ class Submission:
         self.say(f"{job.id}: {end.words()}")
         if not end.again:
             return self._shown(job, end)
-        if self.jobs.is_last(job.id):
-            return self._stopped(job, end)
+        if self._is_last(job):
+            return self._stopped(end)
         if retry >= self.options.retries:
             self.say(f"not submitted again: that was retry {retry} of {self.options.retries}. {self._same()}")
             return end.exit_code()
@@ -219,25 +242,25 @@ class Submission:
         self.say(f"the whole log: rlkd logs {job.id} --ray {self.jobs.address}")
         return end.exit_code()
 
-    def _pause(self, end: Ending) -> None:
+    def _pause(self) -> None:
         seconds = min(LONGEST_PAUSE_S, self.options.pause_s * 2**self.idle)
         self.say(f"submitted again in {seconds:.0f} s (Ctrl-C: not at all)")
         self.sleep(seconds)
 
-    def _stopped(self, job: Job, end: Ending) -> int:
+    def _stopped(self, end: Ending) -> int:
         self.say(f"not submitted again: somebody stopped {self.name} for good. {self._same()}")
         return end.exit_code()
 
-    def _let_go(self, job: Job | None) -> int:
-        """Ctrl-C."""
+    def _let_go(self) -> int:
+        """Ctrl-C, at any time: also while an attempt is being submitted."""
         try:
-            now = None if job is None else self.jobs.get(job.id)
-        except (Unanswered, NoSuchJob):
-            now = job
-        if now is None or now.over:
-            self.say(f"nothing runs. {self._same()}")
+            running = [job.id for job in self.jobs.attempts(self.name) if not job.over]
+        except Unanswered:
+            running = [self.name]
+        if running:
+            self.say(f"let go: {running[-1]} goes on, and nobody submits it again. {self._same()}; {self._how()}")
         else:
-            self.say(f"let go: {now.id} goes on, and nobody submits it again. {self._same()}; {self._how()}")
+            self.say(f"nothing runs. {self._same()}")
         return INTERRUPTED
 
     def _same(self) -> str:
@@ -252,7 +275,7 @@ def who() -> str:
     return f"{getpass.getuser()}@{socket.gethostname()} (pid {os.getpid()})"
 
 
-def unanswered(jobs: Jobs, error: Unanswered) -> InfrastructureError:
+def unanswered(jobs: Jobs, error: Unanswered | NoSuchJob) -> InfrastructureError:
     return InfrastructureError(
         "RLKD-I232",
         f"the cluster's dashboard gave no answer: {error}",

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from rlkd.core.errors import INTERRUPTED, OK, InfrastructureError, PreflightError
+from rlkd.core.errors import INTERRUPTED, OK, InfrastructureError
 from rlkd.submit.client import who
 from rlkd.submit.ending import MARK
 from rlkd.submit.follow import Follower, ended
@@ -84,9 +84,6 @@ class Stopping:
     def run(self) -> int:
         """Ask, show the save, and do not return before the job is over. InfrastructureError if it is not in time."""
         job = self.jobs.known(self.name)[-1]
-        if job.number == 0:
-            fix = "ray job stop ends other jobs"
-            raise PreflightError("RLKD-E236", f"{job.id} is no attempt of a run", self.jobs.address, fix)
         if self.for_good:
             self.jobs.make_last(job.id, who())
         if job.over:

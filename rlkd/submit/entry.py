@@ -14,7 +14,7 @@ from typing import Any
 
 from rlkd.core.errors import INTERNAL, OK, RESUBMIT
 
-_RECORDS = "**/attempts/*/exit.json"  # of the run, or of its stages
+_RECORDS = ("attempts/*/exit.json", "*/attempts/*/exit.json")  # of the run, or of its stages
 
 
 class _TooEarly(SystemExit):
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     """The exit code of `rlkd train` in this process."""
     folder, recipe, *overrides = arguments
     signal.signal(signal.SIGTERM, _early)
-    before, code = set(Path(folder).glob(_RECORDS)), INTERNAL
+    before, code = _records(Path(folder)), INTERNAL
     try:
         code = _train(recipe, overrides)
     finally:
@@ -55,9 +55,13 @@ def _say(code: int, folder: Path, before: set[Path]) -> None:
     from rlkd.plan.saving import measured
     from rlkd.submit.ending import line
 
-    new = sorted(set(folder.glob(_RECORDS)) - before)
+    new = sorted(_records(folder) - before)
     found = measured(new[-1].parents[2] if new else folder)
     print(line(code, _read(new[-1]) if new else None, found.save_s, found.step_s), flush=True)
+
+
+def _records(folder: Path) -> set[Path]:
+    return {path for pattern in _RECORDS for path in folder.glob(pattern)}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ from rlkd.submit.ending import MARK, Ending, ending
 from rlkd.submit.jobs import Job, Jobs, NoSuchJob, Unanswered
 
 LOOK_S = 10.0  # nothing new in the log for so long: is the job over?
-AGAIN_S, LONGEST_S = 2.0, 30.0  # between two tries to reach the dashboard
+AGAIN_S, LONGEST_S = 2.0, 30.0  # between two tries to reach the dashboard: doubled so often at most
+DOUBLED = 6
 KEPT = 400  # lines at the end, for ending()
 Say = Callable[[str], None]
 
@@ -63,7 +64,7 @@ class Follower:
             if self._late():
                 return None
             idle = 0 if self.seen > before else idle + 1
-            await asyncio.sleep(min(LONGEST_S, self.again_s * 2**idle))
+            await asyncio.sleep(min(LONGEST_S, self.again_s * 2 ** min(idle, DOUBLED)))
 
     async def _tail(self) -> None:
         """Write what is new, until the log ends, the job is over, or the connection is lost."""

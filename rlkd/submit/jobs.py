@@ -69,13 +69,13 @@ class Job:
 
     @property
     def number(self) -> int:
-        """Which attempt; 0 if the id has no number."""
+        """Which attempt; 0 if it is none."""
         tail = self.id.rpartition("-")[2]
-        return int(tail) if tail.isdecimal() else 0
+        return int(tail) if tail.isdecimal() and "~" not in self.id else 0
 
     @property
     def run(self) -> str:
-        """The run that it is an attempt of; "" if its id has no number."""
+        """The run that it is an attempt of; "" if it is none."""
         return self.id.rpartition("-")[0] if self.number else ""
 
     def told(self, key: str) -> str | None:
@@ -98,19 +98,16 @@ class Jobs:
         return [_job(info) for info in self._ask("the list of jobs", self.client.list_jobs) if info.submission_id]
 
     def attempts(self, name: str) -> list[Job]:
-        """Of a run, the oldest first; of one attempt, where `name` is its id."""
-        every = self.every()
-        exact = [job for job in every if job.id == name]
-        pattern = re.compile(re.escape(name) + r"-\d+")
-        return exact or sorted((j for j in every if pattern.fullmatch(j.id)), key=lambda j: j.number)
+        """Of a run, the oldest first."""
+        return sorted((job for job in self.every() if job.run == name), key=lambda j: j.number)
 
     def runs(self) -> list[str]:
         """The names of all runs that were submitted, by whomever."""
         return sorted({job.run for job in self.every()} - {""})
 
     def known(self, name: str) -> list[Job]:
-        """The same; PreflightError if there is none."""
-        if found := self.attempts(name):
+        """The same, or the one attempt that `name` is the id of; PreflightError if there is none."""
+        if found := [job for job in self.every() if job.id == name and job.number] or self.attempts(name):
             return found
         names = self.runs()
         close = nearest(name, names)
@@ -196,9 +193,11 @@ def connect(address: str | None, seconds: float = ANSWER_S) -> Jobs:
     if not where:
         fix = f"--ray http://HEAD:8265, or set {ENVIRONMENT[0]}"
         raise ConfigError("RLKD-C230", "which cluster? No --ray and no address in the environment", "--ray", fix)
+    from ray.job_submission import JobSubmissionClient  # importing it takes seconds, which are not the cluster's
+
     full = where if "://" in where or where == "auto" else f"http://{where}"
     try:
-        client = within(seconds, f"connecting to {full}", lambda: _client(full))
+        client = within(seconds, f"connecting to {full}", lambda: _client(full, JobSubmissionClient))
     except Exception as error:  # Ray's client raises whatever it meets: an answer of another server, a wrong scheme
         if type(error).__name__ == "AuthenticationError":
             raise no_token(error, f"--ray {where}") from error
@@ -213,13 +212,11 @@ def connect(address: str | None, seconds: float = ANSWER_S) -> Jobs:
     return Jobs(client, full.rstrip("/") if where != "auto" else client.get_address())
 
 
-def _client(address: str) -> Any:
-    from ray.job_submission import JobSubmissionClient
-
+def _client(address: str, make: Callable[..., Any]) -> Any:
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     with _without(ENVIRONMENT if address != "auto" else ()):
-        return JobSubmissionClient(address, headers=headers())
+        return make(address, headers=headers())
 
 
 def headers() -> dict[str, str]:

@@ -94,6 +94,11 @@ def _fits(bundle: Bundle, node: Node) -> bool:
     return all(bundle.resources.get(kind, 0.0) <= node.room(kind) + CLOSE for kind in KINDS)
 
 
+def may_have(node: Node, bundle: Bundle, nodes: Sequence[Node]) -> bool:
+    """Whether it would be a place for this actor, if nobody else were there."""
+    return node in _for(bundle, nodes) and all(bundle.resources.get(k, 0.0) <= node.all.get(k, 0.0) for k in KINDS)
+
+
 def _place(bundle: Bundle, nodes: Sequence[Node]) -> str:
     which = "node that stays" if len(_for(bundle, nodes)) < len(nodes) else "node"
     return f"a {which} with {words(bundle.resources)} free, for {bundle.role}"

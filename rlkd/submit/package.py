@@ -23,7 +23,8 @@ from rlkd.config.schema import Config, Source
 from rlkd.config.stages import Stage
 from rlkd.core.errors import PreflightError, Problem
 
-LEFT_OUT = ("runs", ".git", ".venv", "__pycache__", "node_modules", ".*_cache", "*.pyc", "*.safetensors", "*.gguf")
+LEFT_OUT = ("runs", ".git", ".venv", "venv", "__pycache__", "node_modules", ".*_cache", "*.pyc", "*.safetensors",
+            "*.gguf", ".gitignore", ".rayignore")  # Ray would leave out what these two name  # fmt: skip
 FILE_LIMIT = 20 * 2**20  # bytes; Ray keeps packages in the head node's memory
 LIMIT = 100 * 2**20  # of all together
 IN_FILES = ("jsonl", "parquet", "huggingface")  # kinds of data.*.kind whose path is a file or a folder

@@ -20,9 +20,10 @@ from typing import Any
 from rlkd.config.schema import Config
 from rlkd.core.errors import PreflightError, Problem
 from rlkd.submit.jobs import Job, Jobs, NoSuchJob, Unanswered
-from rlkd.submit.needs import Node, has, lacking, needs, node_of, total, words
+from rlkd.submit.needs import Node, has, lacking, may_have, needs, node_of, total, words
 from rlkd.submit.package import PROBE, Package
 from rlkd.submit.probe import MARK
+from rlkd.workers.placement import Bundle
 
 SAME = ("python", "ray", "rlkd")  # must be those of here
 INSTALLED = ("torch", "transformers", "deepspeed")
@@ -48,7 +49,7 @@ class Cluster:
 
 
 def asked(jobs: Jobs, name: str, package: Package, runtime_env: Mapping[str, Any], python: str, say: Say) -> Cluster:
-    """Run probe.py on the cluster; PreflightError if it does not answer in time."""
+    """Run probe.py on the cluster; PreflightError if it does not answer in time, Unanswered if the cluster does not."""
     job_id = f"{name}~preflight-{uuid.uuid4().hex[:6]}"
     question = {
         "folder": package.run_folder.rpartition("/")[0],
@@ -58,11 +59,7 @@ def asked(jobs: Jobs, name: str, package: Package, runtime_env: Mapping[str, Any
         "node_s": NODE_S,
     }
     entrypoint = shlex.join([python, PROBE, json.dumps(question)])
-    try:
-        jobs.submit(job_id, f"exec {entrypoint}", runtime_env, {"rlkd": "preflight"})
-    except Unanswered as error:
-        fix = "see the dashboard, and `ray status` on the head node"
-        raise PreflightError("RLKD-E238", f"the cluster does not take a job: {error}", jobs.address, fix) from error
+    jobs.submit(job_id, f"exec {entrypoint}", runtime_env, {"rlkd": "preflight"})
     try:
         return _answer(jobs, job_id, python, say)
     finally:
@@ -111,13 +108,14 @@ def _away(jobs: Jobs, job_id: str) -> None:
 
 def judged(cluster: Cluster, configs: Sequence[Config], package: Package, address: str) -> str:
     """What fits, in words. PreflightError with everything that does not, but for room (see `short`)."""
-    problems = [*_versions(cluster, address), *_storage(cluster, package), *_files(cluster, package)]
+    wanted = [needs(config, _on_gpu(config, cluster)) for config in configs]
+    problems = [*_versions(cluster, address), *_storage(cluster, package, wanted), *_files(cluster, package)]
     if cluster.error is not None and not problems:
         fix = "is it the Python, and the Ray, that the cluster was started with?"
         problems.append(Problem("RLKD-E238", f"a driver cannot join the cluster: {cluster.error}", address, fix))
     if problems:
         raise PreflightError.of(problems)
-    need = [total(needs(config, _on_gpu(config, cluster))) for config in configs]
+    need = [total(bundles) for bundles in wanted]
     most = {kind: max(n[kind] for n in need) for kind in need[0]}
     silent = [node.address for node in cluster.nodes if node.sees is None]
     quiet = f"; {', '.join(silent)} did not say what is there" if silent else ""
@@ -167,15 +165,14 @@ def _same(name: str, theirs: str | None, ours: str) -> bool:
     return theirs == ours
 
 
-def _storage(cluster: Cluster, package: Package) -> list[Problem]:
+def _storage(cluster: Cluster, package: Package, wanted: Sequence[Sequence[Bundle]]) -> list[Problem]:
     """The run's folder must be writable, and one and the same wherever a learner may be."""
     fix = "report.directory=PATH on a disk that every node has (NFS, EFS, a mounted bucket)"
     if cluster.unwritable is not None:
         what = f"the run's folder cannot be written on the cluster: {cluster.unwritable}"
         return [Problem("RLKD-E233", what, "report.directory", fix)]
-    stable = [node for node in cluster.nodes if node.stable]
-    learners = [node for node in stable or cluster.nodes if any(node.all.get(kind, 0.0) > 0 for kind in ("CPU", "GPU"))]
-    blind = [node.name for node in learners if node.sees is False]
+    learners = [bundle for bundles in wanted for bundle in bundles if bundle.learner]
+    blind = [n.name for n in cluster.nodes if n.sees is False and any(may_have(n, b, cluster.nodes) for b in learners)]
     if not blind:
         return []
     what = f"{package.run_folder} is another folder on {', '.join(blind)}: learners there could not save into the run's"

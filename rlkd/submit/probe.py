@@ -16,6 +16,7 @@ import uuid
 from typing import Any
 
 MARK = "[rlkd-probe] "
+SEE_S = 3.0  # a network disk may show a new file late
 
 
 def versions(packages: list[str]) -> dict[str, str | None]:
@@ -30,7 +31,7 @@ def versions(packages: list[str]) -> dict[str, str | None]:
 
 def look(asked: dict[str, Any], token: str | None) -> dict[str, Any]:
     """What one node has."""
-    until = time.time() + 3.0  # a network disk may show a new file late
+    until = time.time() + SEE_S
     while token is not None and not os.path.exists(token) and time.time() < until:
         time.sleep(0.2)
     paths = asked["paths"].items()

@@ -31,7 +31,7 @@ def parallel(rows: Sequence[Row], metric: str, mode: str) -> str:
     keys = list(dict.fromkeys(key for r in rows for key in r.values))
     columns: dict[str, list[Any]] = {key: [r.values.get(key) for r in rows] for key in keys}
     columns[metric] = [r.value if math.isfinite(r.value) else None for r in rows]
-    axes = [_Axis(name, values) for name, values in columns.items()]
+    axes = [_Axis(name, values, wide=name in keys) for name, values in columns.items()]
     gap = (WIDTH - 2 * MARGIN) / max(1, len(axes) - 1)
     drawn = [axis.svg(MARGIN + i * gap) for i, axis in enumerate(axes)]
     colours = _colours(rows, mode)
@@ -70,16 +70,16 @@ def curves(rows: Sequence[Row], metric: str, mode: str) -> str:
 
 
 class _Axis:
-    """Numbers on a scale, logarithmic where they span more than a factor of 30; anything else one after the other."""
+    """Numbers on a scale, with `wide` logarithmic if they span more than a factor of 30; anything else one by one."""
 
-    def __init__(self, name: str, values: Sequence[Any]) -> None:
+    def __init__(self, name: str, values: Sequence[Any], wide: bool) -> None:
         self.name, self.values = name, values
         known = [v for v in values if v is not None]
         self.numbers = bool(known) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in known)
         if self.numbers:
             low: float = min(known)
             high: float = max(known)
-            self.log = low > 0 and high / low > 30
+            self.log = wide and low > 0 and high / low > 30
             self.low, self.high = (math.log(low), math.log(high)) if self.log else (low, high)
             self.ticks = sorted({low, high, *(known if len(set(known)) <= 6 else ())})
         else:

@@ -15,12 +15,11 @@ from rlkd.sweep.space import Space
 from rlkd.sweep.trial import STOP
 
 FILE = "sweep.json"
-MAY_CHANGE = ("at_once", "failures")  # settings that are no part of what is asked for
 
 
 def asked(recipe: str, given: Sequence[str], space: Space) -> dict[str, Any]:
     """All that decides what the trials are."""
-    settings = {f"sweep.{k}": v for k, v in asdict(space.settings).items() if k not in MAY_CHANGE}
+    settings = {f"sweep.{k}": v for k, v in asdict(space.settings).items()}
     specs = {key: str(spec) for key, spec in space.specs.items()}
     recipes = {f"recipe {s.name}".strip(): resolved(s.config) for s in load(recipe, given)}
     return {**settings, **specs, **recipes}
@@ -33,7 +32,7 @@ def refuse_other(folder: Path, recipe: str, given: Sequence[str], space: Space) 
     try:
         was = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        if all(p.name.startswith(".lease") for p in folder.iterdir()):
+        if all(p.name.startswith((".lease", STOP)) for p in folder.iterdir()):  # stopped before its first trial
             return
         raise PreflightError(
             "RLKD-E601", f"the sweep's folder has other things in it and no {FILE}", str(folder), "give another --name"

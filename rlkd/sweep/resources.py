@@ -13,7 +13,7 @@ from rlkd.config.schema import Config
 from rlkd.config.stages import Stage
 from rlkd.teachers import scorers, writers
 from rlkd.workers.nodes import STABLE, alive
-from rlkd.workers.placement import A_LITTLE, CPU_SHARE, Bundle, bundles
+from rlkd.workers.placement import A_LITTLE, CPU_SHARE, Bundle, bundles, has_room
 
 Resources = dict[str, float]
 
@@ -30,9 +30,10 @@ def group(stages: Sequence[Stage], at_once: int | None) -> PlacementGroupFactory
     return PlacementGroupFactory([own, *wanted], strategy="STRICT_PACK" if shared else "PACK")
 
 
-def as_bundles(factory: PlacementGroupFactory) -> list[Bundle]:
-    """The same, to try whether the cluster has room."""
-    return [Bundle("trial" if not i else f"part-{i}", dict(b)) for i, b in enumerate(factory.bundles)]
+async def try_room(wanted: PlacementGroupFactory, wait_s: float) -> None:
+    """PreflightError that says what is missing if the cluster has no room for one such trial: Tune waits in silence."""
+    parts = [Bundle("trial" if not i else f"part-{i}", dict(b)) for i, b in enumerate(wanted.bundles)]
+    await has_room(parts, wanted.strategy, wait_s)
 
 
 def _gpu(stages: Sequence[Stage]) -> bool:

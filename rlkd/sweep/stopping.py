@@ -36,7 +36,9 @@ def saving(folder: Path) -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except StopNow:
+    except KeyboardInterrupt:  # StopNow, of which Ray makes a plain one where it waits
+        if not asked:
+            raise
         left = running(folder)
         kept = f"{', '.join(left)} did not save; their last checkpoints stand" if left else "every trial has saved"
         raise Stopped(RESUBMIT, f"{kept}; the same command goes on") from None

@@ -14,6 +14,7 @@ from rlkd.export import checkpoints
 from rlkd.report.history import History
 from rlkd.sweep.follow import before
 from rlkd.sweep.spec import overrides, written
+from rlkd.sweep.trial import WHOLE
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,21 @@ class Row:
     copied: tuple[str, ...] = ()  # PBT: `step 20 from trial-003`
 
 
-def row(name: str, values: Mapping[str, Any], last: Mapping[str, Any], lost: str, stages: Sequence[Stage], metric: str,
-        folder: Path, ended: bool) -> Row:  # fmt: skip
-    """`last` is the trial's last result, `lost` why Tune gave it up (or nothing)."""
+def row(name: str, values: Mapping[str, Any], last: Mapping[str, Any], lost: str, stages: Sequence[Stage] | None,
+        metric: str, folder: Path) -> Row:  # fmt: skip
+    """`last` is the trial's last result, `lost` why Tune gave it up (or nothing). `stages`: as in `curve`."""
     step, value = int(last.get("step", 0)), float(last.get(metric, math.nan))
     cause = lost or str(last.get("failed", ""))
-    total = sum(stage.config.schedule.steps for stage in stages)
-    state = "lost" if lost else "failed" if cause else "done" if step >= total else "stopped" if ended else "unfinished"
+    ended = "done" if last.get(WHOLE) else "stopped" if last else "unfinished"
+    state = "lost" if lost else "failed" if cause else ended
     return Row(name, values, state, step, value, curve(stages, folder, metric), cause, lineage(folder))
 
 
-def curve(stages: Sequence[Stage], root: Path, metric: str) -> dict[int, float]:
-    """The metric by step, from the files of the trial's run."""
+def curve(stages: Sequence[Stage] | None, root: Path, metric: str) -> dict[int, float]:
+    """The metric by step, from the files of the trial's run; none without `stages`: its values fit no recipe."""
     found: dict[int, float] = {}
+    if stages is None:
+        return found
     folders = [root / f"{n}-{s.name}" for n, s in enumerate(stages, 1)] if stages[0].name else [root]
     for folder in folders:
         if not (folder / attempt.RECORD).exists():

@@ -20,7 +20,7 @@ from ray.tune import PlacementGroupFactory, Trainable
 from ray.tune.result import SHOULD_CHECKPOINT
 
 from rlkd.config.stages import Stage, load
-from rlkd.core.errors import DATA, DIVERGED, PREFLIGHT, USAGE, RlkdError
+from rlkd.core.errors import DATA, DIVERGED, PREFLIGHT, USAGE, ConfigError, RlkdError
 from rlkd.core.stop import StopRequest
 from rlkd.export import checkpoints
 from rlkd.report import secrets
@@ -31,6 +31,7 @@ from rlkd.sweep.fork import Origin, forked
 from rlkd.sweep.spec import Spec, overrides
 
 REFERENCE = "rlkd.json"
+WHOLE = "whole"  # in a result: the run did its last step (Tune sets `done` when its scheduler stops a trial, too)
 STOP = ".stop"  # in the sweep's folder: every trial saves and ends
 END_S = 540.0  # for a save at the end; Tune kills after 600 s
 FOR_GOOD = (USAGE, PREFLIGHT, DATA, DIVERGED)  # the same trial would end so again
@@ -50,7 +51,7 @@ class Plan:
     metric: str = "eval/pass@1"  # by which trials are compared
     copies: bool = False  # PBT: a checkpoint with every evaluation
 
-    def stages(self, config: Mapping[str, Any], own: tuple[str, ...] = ()) -> list[Stage]:
+    def stages(self, config: Mapping[str, Any], own: Sequence[str] = ()) -> list[Stage]:
         """The recipe of the trial with this config of Tune's. ConfigError as usual."""
         return load(self.recipe, [*self.given, *overrides(self.values(config)), *own])
 
@@ -67,7 +68,11 @@ class Trial(Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
-        return resources.group(cls.plan.stages(config), cls.plan.at_once)
+        try:
+            stages = cls.plan.stages(config)
+        except ConfigError:  # Tune would end; the trial itself says so (`_failed`)
+            stages = cls.plan.stages({})
+        return resources.group(stages, cls.plan.at_once)
 
     def setup(self, config: dict[str, Any]) -> None:
         os.chdir(self.plan.cwd)
@@ -78,7 +83,7 @@ class Trial(Trainable):
         self.root = self._root()
         self.run: Following | None = None
         self.origin: Origin | None = None
-        self.told: dict[str, Any] = {"step": 0}  # the last result
+        self.told: dict[str, Any] = {"step": 0, self.plan.metric: math.nan}  # the last result
 
     def step(self) -> dict[str, Any]:
         """The next evaluation's metrics; `done` with the last."""
@@ -131,13 +136,7 @@ class Trial(Trainable):
 
     def _begin(self) -> Heard | None:
         """Start the run, or go on with it; an evaluation that Tune was not told of before the process was killed."""
-        own: tuple[str, ...] = (f"name={self.root.name}", f"report.directory={self.root.parent}")
-        config = (stages := self.plan.stages(self.given, own))[-1].config
-        if config.checkpoint.remote is not None:  # trials of two sweeps have the same names
-            own += (f"checkpoint.remote={config.checkpoint.remote.rstrip('/')}/{self.root.parent.parent.name}",)
-        if self.plan.copies:
-            own += (f"checkpoint.every={config.evaluate.every}", f"checkpoint.keep={max(4, config.checkpoint.keep)}")
-        stages, values = self.plan.stages(self.given, own), plain(self.plan.values(self.given))
+        stages, values = self._stages(), plain(self.plan.values(self.given))
         wait_for_the_dead(self.root)
         if self.origin is None:
             _move_other(self.root, values)
@@ -152,6 +151,16 @@ class Trial(Trainable):
             old = found
         self.run = Following(stages, Path(self.plan.recipe), self.root, resume)
         return old
+
+    def _stages(self) -> list[Stage]:
+        """The recipe of this trial's run."""
+        own = [f"name={self.root.name}", f"report.directory={self.root.parent}"]
+        config, more = (stages := self.plan.stages(self.given, own))[-1].config, []
+        if config.checkpoint.remote is not None:  # trials of two sweeps have the same names
+            more += [f"checkpoint.remote={config.checkpoint.remote.rstrip('/')}/{self.root.parent.parent.name}"]
+        if self.plan.copies:
+            more += [f"checkpoint.every={config.evaluate.every}", f"checkpoint.keep={max(4, config.checkpoint.keep)}"]
+        return self.plan.stages(self.given, [*own, *more]) if more else stages
 
     def _resume(self, step: int) -> str:
         """After a copy: from it, and from none that the remote store has; when it has gone on since, from there."""
@@ -168,13 +177,14 @@ class Trial(Trainable):
         return self._result(heard)
 
     def _result(self, heard: Heard) -> dict[str, Any]:
-        self.told = {"step": heard.step, **heard.metrics, SHOULD_CHECKPOINT: True}
+        known = {self.plan.metric: math.nan, **heard.metrics}  # Tune ends if its metric is missing
+        self.told = {"step": heard.step, **known, SHOULD_CHECKPOINT: True}
         return dict(self.told)
 
     def _ended(self, run: Following) -> dict[str, Any]:
         """What the end of the run means for Tune."""
         if run.error is None:
-            return {**self.told, "done": True}
+            return {**self.told, "done": True, WHOLE: True}
         if run.stop.is_set():  # the whole sweep stops: this process is ended by its driver
             time.sleep(END_S)
         if isinstance(run.error, RlkdError):
@@ -186,8 +196,7 @@ class Trial(Trainable):
         if error.exit_code not in FOR_GOOD or any(p.code == FOLDER_TAKEN for p in error.problems):
             raise error
         cause = "; ".join(f"{p.code}: {p.what}" for p in error.problems)
-        known = {self.plan.metric: math.nan, **self.told}
-        return {**known, "done": True, "failed": secrets.without(cause), SHOULD_CHECKPOINT: False}
+        return {**self.told, "done": True, "failed": secrets.without(cause), SHOULD_CHECKPOINT: False}
 
     def _look_for_stop(self, run: Following) -> None:
         if not run.stop.is_set() and (self.root.parent.parent / STOP).exists():

@@ -22,25 +22,25 @@ from rlkd import inputs
 from rlkd.attempt import lost
 from rlkd.config.load import resolved
 from rlkd.config.stages import Stage, load
-from rlkd.core.errors import INFRASTRUCTURE, OK, PreflightError
+from rlkd.core.errors import INFRASTRUCTURE, OK, ConfigError, PreflightError
 from rlkd.fleet import connect
 from rlkd.lease import held
 from rlkd.report import secrets
 from rlkd.report.files import replace_file
 from rlkd.sweep import page, record, resources, search, stopping, table
-from rlkd.sweep.check import checked, folder_name
+from rlkd.sweep.check import TOGETHER, checked, folder_name
 from rlkd.sweep.space import Space
 from rlkd.sweep.spec import combinations, overrides
 from rlkd.sweep.table import Row
 from rlkd.sweep.told import Told, say
 from rlkd.sweep.trial import Plan, Trial
 from rlkd.tune import trainable
-from rlkd.workers.placement import reserve
 
 ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of a recipe begin where the command was given
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables: stdout is data
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # stopping.py
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # told.py, in a line; Tune keeps them in the trial's error.txt
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # how old Tune's record may be when the driver is killed
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
@@ -65,21 +65,17 @@ def sweep(
     inputs.read(first[0].config)  # folders and data that are not there are told here, once
     record.refuse_other(folder, recipe, given, space)
     with held(folder, config.preempt.lease_s, lambda text: say("lease", text), lost):
-        record.write(folder, recipe, given, space)
         connect(config)
         try:
             with stopping.saving(folder):
-                room = resources.group(first, space.settings.at_once)
-                asyncio.run(_room(resources.as_bundles(room), config.ray.wait_s))
-                rows = asked.rows(asked.tuner(drawn).fit())
+                for room in asked.rooms():
+                    asyncio.run(resources.try_room(room, config.ray.wait_s))
+                record.write(folder, recipe, given, space)
+                found = asked.tuner(drawn).fit()
+                rows = asked.rows([found[i] for i in range(len(found))])
             return asked.tell(rows)
         finally:
             ray.shutdown()
-
-
-async def _room(wanted: list[Any], wait_s: float) -> None:
-    """PreflightError that says what is missing if the cluster has no room for one trial."""
-    (await reserve(wanted, wait_s)).release()
 
 
 @dataclass(frozen=True)
@@ -94,6 +90,11 @@ class Sweep:
     def stages(self, values: Mapping[str, Any], *more: str) -> list[Stage]:
         """The recipe with these values."""
         return load(self.recipe, [*self.given, *overrides(values), *more])
+
+    def rooms(self) -> list[tune.PlacementGroupFactory]:
+        """What trials may ask of the cluster, each once. Ray must be there."""
+        trials = [self.stages(values) for values in combinations(self.space.specs, TOGETHER)]
+        return list(dict.fromkeys(resources.group(stages, self.space.settings.at_once) for stages in trials))
 
     @property
     def runs(self) -> Path:
@@ -145,14 +146,14 @@ class Sweep:
         corners = combinations({k: s for k, s in self.space.specs.items() if k == "schedule.steps"}, 8)
         return max(_steps(self.stages(one)) for one in corners)
 
-    def rows(self, found: tune.ResultGrid) -> list[Row]:
-        """All trials, by name."""
+    def rows(self, results: Sequence[Any]) -> list[Row]:
+        """All trials, by name; from Tune's results."""
         rows, plan = [], self._trainable().plan
-        for result in (found[i] for i in range(len(found))):
+        for result in results:
             values, last, name = plan.values(result.config or {}), result.metrics or {}, Path(result.path).name
             why = str(result.error).strip().splitlines()[-1] if result.error else ""
-            stages, metric = self.stages(values), self.space.settings.metric
-            rows.append(table.row(name, values, last, why, stages, metric, self.runs / name, bool(last)))
+            metric = self.space.settings.metric
+            rows.append(table.row(name, values, last, why, _loaded(plan, values), metric, self.runs / name))
         return sorted(rows, key=lambda r: r.name)
 
     def tell(self, rows: Sequence[Row]) -> int:
@@ -191,8 +192,16 @@ def _past(plan: Plan, trial: Any) -> Mapping[int, float]:
     last = int(trial.last_result.get("step", -1)) if trial.last_result else -1
     if last < 0:
         return {}
-    curve = table.curve(plan.stages(trial.config), Path(str(plan.runs)) / str(trial), plan.metric)
+    curve = table.curve(_loaded(plan, trial.config), Path(str(plan.runs)) / str(trial), plan.metric)
     return {step: value for step, value in curve.items() if step <= last}
+
+
+def _loaded(plan: Plan, values: Mapping[str, Any]) -> Sequence[Stage] | None:
+    """The recipe with these values; None if they do not go together, which the trial itself has said."""
+    try:
+        return plan.stages(values)
+    except ConfigError:
+        return None
 
 
 def _steps(stages: Sequence[Stage]) -> int:

@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlkd.core.errors import PreflightError
 from rlkd.workers import drain
+from rlkd.workers.aside import aside
 from rlkd.workers.nodes import STABLE, Node, alive
 
 log = logging.getLogger("rlkd.workers")
@@ -131,7 +132,7 @@ class Placement:
     async def _is_seated(self, role: str) -> bool:
         try:
             seat = self._current(role)
-            return await asyncio.to_thread(lambda: seat.placed)
+            return await aside(lambda: seat.placed)
         except Exception as error:  # Ray's head restarts, the network is gone: the place may still come
             log.warning("Ray does not say where %s is: %s: %s", role, type(error).__name__, error)
             return False
@@ -158,9 +159,9 @@ class Placement:
         for seat, _ in gone:
             remove_placement_group(seat.group)
 
-    def where(self) -> dict[str, str]:
-        """The node of each role that has a place."""
-        found = ((role, seat.node) for role, seat in self.seats.items())
+    def where(self, roles: Collection[str] | None = None) -> dict[str, str]:
+        """The node of each of these roles (None: of all) that has a place."""
+        found = ((role, self.seats[role].node) for role in (self.seats if roles is None else roles))
         return {role: node for role, node in found if node is not None}
 
     def release(self) -> None:
@@ -200,6 +201,16 @@ async def reserve(
     return placement
 
 
+async def has_room(wanted: Sequence[Bundle], strategy: str, wait_s: float) -> None:
+    """PreflightError as from `reserve` if the cluster has no room for all of `wanted` in one group."""
+    group = _group(wanted, strategy)
+    tried = Placement({b.role: Seat(b, group, i) for i, b in enumerate(wanted)})
+    try:
+        await _placed(tried, wanted, time.monotonic() + wait_s, wait_s)
+    finally:
+        tried.release()
+
+
 def _group(wanted: Sequence[Bundle], strategy: str, labels: Mapping[str, str] | None = None) -> PlacementGroup:
     selectors = [dict(labels)] * len(wanted) if labels else None
     return placement_group([dict(b.resources) for b in wanted], strategy=strategy, bundle_label_selector=selectors)
@@ -215,7 +226,7 @@ def _elsewhere(bundle: Bundle, nodes: Sequence[Node]) -> dict[str, str]:
 
 async def _placed(placement: Placement, wanted: Sequence[Bundle], until: float, wait_s: float) -> None:
     """Wait for all seats that were asked for; PreflightError when the time is up."""
-    while missing := await asyncio.to_thread(lambda: [s.bundle for s in placement.seats.values() if not s.placed]):
+    while missing := await aside(lambda: [s.bundle for s in placement.seats.values() if not s.placed]):
         if time.monotonic() > until:
             raise PreflightError(
                 "RLKD-E020",

@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlkd.core.errors import PreflightError, Problem
+from rlkd.workers.aside import aside
 from rlkd.workers.nodes import alive
 
 PACKAGES = ("rlkd", "torch", "transformers", "ray", "vllm", "deepspeed", "numpy")
@@ -69,7 +70,7 @@ def _comes(path: Path) -> bool:
 async def survey(folders: Mapping[str, Path | None], own: str) -> None:
     """Look at these nodes: each has a folder that it must share with this one (node id `own`), or none. PreflightError
     that names every node, what differs there, and what to do."""
-    names = {node.id: node.name for node in await asyncio.to_thread(alive)}
+    names = {node.id: node.name for node in await aside(alive)}
     others = {node: folder for node, folder in folders.items() if node != own}
     found = await asyncio.gather(*(_surveyed(names.get(n, n[:8]), n, folder) for n, folder in others.items()))
     if problems := [problem for some in found for problem in some]:

@@ -78,6 +78,7 @@ def test_slurms_notice_in_the_middle_of_a_run(run: Run, folder: Path) -> None:
     assert ended["saved"] == ended["step"] >= 1
     assert (folder / f"runs/few/checkpoints/step-{ended['saved']:06d}/MANIFEST.json").is_file()
     assert run.left() == []
+    assert not Path(f"/tmp/rlkd-{JOB}").exists()
     events = [json.loads(line) for line in (folder / "runs/few/events.jsonl").read_text().splitlines()]
     (placed,) = [e["text"] for e in events if e["kind"] == "placement"]
     on = {role: "stable" in place for place in placed.split("; ") for role in place.split(" on ")[0].split(", ")}

@@ -9,9 +9,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -108,11 +110,32 @@ def submit(folder: Path, cluster: Head, name: str, *more: str) -> Started:
     return Started(folder, [*command, "--pause", "0", *more])
 
 
-def whole(run: Path, quiet: Path) -> None:
-    """As chaos.py compares: every prompt once, and in the same step; and the same weights, bit by bit."""
+def processes(*words: str) -> list[psutil.Process]:
+    """Those whose command line has all of these words."""
+    every = psutil.process_iter(["cmdline"])
+    return [p for p in every if all(word in " ".join(p.info["cmdline"] or ()) for word in words)]
+
+
+@contextmanager
+def hanging(cluster: Head) -> Iterator[None]:
+    """Its dashboard does not answer, within the context; the connections stay."""
+    (dashboard,) = processes("dashboard/dashboard.py", f"--port={cluster.dashboard}")
+    dashboard.suspend()
+    try:
+        yield
+    finally:
+        dashboard.resume()
+
+
+def whole(run: Path) -> None:
+    """Every step was made, and no prompt twice."""
     tickets = Counter(row[0] for rows in ledger(run).values() for row in rows)
     assert [t for t, n in tickets.items() if n > 1] == []
-    assert max(ledger(run)) == STEPS
+    assert sorted(ledger(run)) == list(range(1, STEPS + 1))
+
+
+def same(run: Path, quiet: Path) -> None:
+    """As chaos.py compares: every prompt in the same step; and the same weights, bit by bit."""
     assert ledger(run) == ledger(quiet)
     assert final_weights(run) == final_weights(quiet)
 
@@ -125,32 +148,58 @@ def status(project: Path, cluster: Head, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.faults("F11", "F69")
+@pytest.mark.parametrize("compared", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_run_is_stopped_in_the_middle_and_submitted_again_by_itself(
-    cluster: Head, project: Path, quiet: Path
+    cluster: Head, project: Path, compared: bool, request: pytest.FixtureRequest
 ) -> None:
-    run = project / "runs/again"
-    with submit(project, cluster, "again", "--retries", "2") as client:
+    name = "compared" if compared else "again"
+    run = project / "runs" / name
+    with submit(project, cluster, name, "--retries", "2") as client:
         client.until(lambda: steps(run) >= 4)
-        stopped = rlkd(project, "stop", "again", "--ray", cluster.address)
+        stopped = rlkd(project, "stop", name, "--ray", cluster.address)
         assert stopped.returncode == 0, stopped.stderr
-        assert re.search(r"again-1: exit 75 \(preempt\); SIGTERM: saved step \d+ of 24", stopped.stderr)
+        assert re.search(rf"{name}-1: exit 75 \(preempt\); SIGTERM: saved step \d+ of 24", stopped.stderr)
         assert "submits it again (up to 2 times)" in stopped.stderr
         assert "saved step" in stopped.stdout  # the save is shown
         client.process.wait(300)
     assert client.process.returncode == 0, client.said()[-4000:]
     said = client.err.read_text()
     assert re.search(r"package \d+\.?\d* [kM]B \(\d+ files; left out runs/", said)
-    assert re.search(r"preflight on the cluster: ok \(needs [\d.]+ CPU; free: 127\.0\.0\.1|preflight .* ok", said)
-    assert re.search(r"job again-1  attempt 1   stop grace \d+ s \(a save takes \d+ s, reckoned\)", said)
-    assert re.search(r"job again-2 .*stop grace \d+ s \(a save takes \d+ s, measured\)", said)
-    first, second = status(project, cluster, "again")
+    assert re.search(r"preflight on the cluster: ok \(needs 0\.\d CPU; free: \S+ \(head\) 4 of 4 CPU\)", said)
+    assert re.search(rf"job {name}-1  attempt 1   stop grace \d+ s \(a save takes \d+ s, reckoned\)", said)
+    assert re.search(rf"job {name}-2 .*stop grace \d+ s \(a save takes \d+ s, measured\)", said)
+    first, second = status(project, cluster, name)
     assert (first["status"], first["exit"], second["status"], second["exit"]) == ("STOPPED", 75, "SUCCEEDED", 0)
     assert 4 <= first["saved"] < STEPS
-    whole(run, quiet)
-    jobs = rlkd(project, "status", "--ray", cluster.address, "--json")
-    assert "preflight" not in jobs.stdout
+    whole(run)
+    if compared:
+        same(run, request.getfixturevalue("quiet"))
 
 
+@pytest.mark.long
+@pytest.mark.faults("F69")
+def test_the_dashboard_hangs_and_the_platform_asks_the_driver_to_go(cluster: Head, project: Path) -> None:
+    """The client sees every line once, and submits again what Ray calls FAILED with 75."""
+    run = project / "runs/hangs"
+    with submit(project, cluster, "hangs", "schedule.steps=500") as client:
+        client.until(lambda: steps(run) >= 1)
+        with hanging(cluster):
+            client.until(lambda: "the dashboard does not answer" in client.err.read_text())
+        client.until(lambda: "the dashboard answers again" in client.err.read_text())
+        (driver,) = processes("rlkd.submit.entry", str(run))
+        driver.send_signal(signal.SIGTERM)
+        client.until(lambda: "job hangs-2" in client.err.read_text())
+        saved = status(project, cluster, "hangs")[0]["saved"]
+        client.until(lambda: steps(run) > saved)
+        assert rlkd(project, "stop", "hangs", "--for-good", "--ray", cluster.address).returncode == 0
+        client.process.wait(60)
+    first, second = status(project, cluster, "hangs")
+    assert (first["status"], first["exit"], second["status"], second["exit"]) == ("FAILED", 75, "STOPPED", 75)
+    numbers = [int(n) for n in re.findall(r"^step (\d+)/500", client.out.read_text(), re.MULTILINE)]
+    assert numbers == list(range(1, steps(run) + 1))
+
+
+@pytest.mark.long
 def test_stop_for_good_ends_the_client_too(cluster: Head, project: Path) -> None:
     run = project / "runs/good"
     with submit(project, cluster, "good", "schedule.steps=500") as client:
@@ -163,6 +212,7 @@ def test_stop_for_good_ends_the_client_too(cluster: Head, project: Path) -> None
     assert [row["id"] for row in status(project, cluster, "good")] == ["good-1"]
 
 
+@pytest.mark.long
 def test_ctrl_c_lets_go_and_the_same_command_follows_again(cluster: Head, project: Path) -> None:
     run = project / "runs/go"
     with submit(project, cluster, "go", "schedule.steps=500") as client:
@@ -182,6 +232,7 @@ def test_ctrl_c_lets_go_and_the_same_command_follows_again(cluster: Head, projec
     assert rlkd(project, "stop", "go", "--ray", cluster.address).returncode == 0
 
 
+@pytest.mark.long
 def test_the_line_that_is_documented_does_the_same(cluster: Head, project: Path, quiet: Path) -> None:
     """launch/submit.sh, which is that line: submitted, stopped, submitted again by hand."""
     run, script = project / "runs/hand", str(ROOT / "launch/submit.sh")
@@ -198,9 +249,11 @@ def test_the_line_that_is_documented_does_the_same(cluster: Head, project: Path,
         client.process.wait(300)
     assert client.process.returncode == 0, client.said()[-4000:]
     assert [row["exit"] for row in status(project, cluster, "hand")] == [75, 0]
-    whole(run, quiet)
+    whole(run)
+    same(run, quiet)
 
 
+@pytest.mark.long
 def test_without_the_grace_ray_kills_a_save_that_takes_longer(cluster: Head, project: Path) -> None:
     """What the grace is for: the same job with a save of five seconds, and Ray's own three."""
     (project / "slow.py").write_text(
@@ -223,6 +276,7 @@ def test_without_the_grace_ray_kills_a_save_that_takes_longer(cluster: Head, pro
     assert ends == {"without": (6, None), "with": (0, 75)}
 
 
+@pytest.mark.faults("F63")
 def test_too_little_room_is_told_at_once(cluster: Head, project: Path) -> None:
     done = rlkd(project, "submit", "few.yaml", "name=large", "--ray", cluster.address, "verifier.workers=100")
     assert done.returncode == 3, done.stderr
@@ -232,11 +286,13 @@ def test_too_little_room_is_told_at_once(cluster: Head, project: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_a_model_that_is_not_there_is_told_before_anything_starts(cluster: Head, project: Path) -> None:
     done = rlkd(project, "submit", "few.yaml", "model.path=/no/such/model", "--ray", cluster.address)
     assert (done.returncode, "/no/such/model is not on" in done.stderr) == (3, True), done.stderr
 
 
+@pytest.mark.long
 def test_a_python_that_is_not_there_is_told(cluster: Head, project: Path) -> None:
     done = rlkd(project, "submit", "few.yaml", "name=snake", "--python", "python9", "--ray", cluster.address)
     assert (done.returncode, "RLKD-E238" in done.stderr, "python9" in done.stderr) == (3, True, True), done.stderr
