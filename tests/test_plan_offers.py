@@ -97,7 +97,7 @@ def test_a_rollout_worker_shares_one_gpu_or_none() -> None:
     assert not any(c.get("ray.share_gpus") for c in splits(found.config, 8, 2))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(gpus=st.integers(2, 64))
 def test_splits_use_exactly_so_many(gpus: int) -> None:
     config = recipe(**SIZES)
@@ -107,7 +107,7 @@ def test_splits_use_exactly_so_many(gpus: int) -> None:
     assert found[-1].shared
 
 
-@pytest.mark.parametrize("gpus", [1, 2, 8, 64, 128])
+@pytest.mark.parametrize("gpus", [1, 8, 64])
 def test_the_best_way_fits_and_uses_them_all(gpus: int) -> None:
     found = wide("Qwen2.5-1.5B", schedule__groups_per_step=64)
     offer = offers.best(found, gpus, LENGTHS)

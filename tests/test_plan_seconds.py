@@ -25,7 +25,7 @@ def big(**changes: Any) -> Any:
     return recipe(**{**wanted, **changes})
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(ranks=st.integers(1, 256), workers=st.integers(1, 256), stale=st.integers(0, 8))
 def test_time_falls_with_gpus(ranks: int, workers: int, stale: int) -> None:
     """While the network is not what is waited for: one node's link serves all."""
@@ -37,7 +37,7 @@ def test_time_falls_with_gpus(ranks: int, workers: int, stale: int) -> None:
     assert many.step.step > 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(stale=st.integers(0, 8), workers=st.integers(1, 64), ranks=st.integers(1, 64))
 def test_bubbles_and_idle_are_shares(stale: int, workers: int, ranks: int) -> None:
     step = plan(big(schedule__staleness=stale, sampler__workers=workers, learner__ranks=ranks), lengths=LONG).step
@@ -45,7 +45,7 @@ def test_bubbles_and_idle_are_shares(stale: int, workers: int, ranks: int) -> No
     assert all(0 <= share < 1 for share in step.idle.values())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(stale=st.integers(0, 8), workers=st.integers(1, 64))
 def test_staleness_never_makes_a_step_longer(stale: int, workers: int) -> None:
     now = plan(big(schedule__staleness=stale, sampler__workers=workers), lengths=LONG).step

@@ -79,6 +79,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         return runs[-1]
 
     yield start
+    (tmp_path / "up").unlink(missing_ok=True)  # ends the stand-ins for Ray that are left
     for run in runs:
         for group in [run.process.pid, *map(int, _read(tmp_path / "tasks"))]:
             try:

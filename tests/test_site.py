@@ -24,6 +24,8 @@ def test_where_nodes_stay_the_learner_asks_for_them_and_the_others_go_elsewhere(
         ("reward-0", None),
     ]  # fmt: skip
     assert _elsewhere(ROLLOUT, [HEAD, SPOT]) == {NODE: f"!in({HEAD.id})"}
+    second = Node("d" * 56, "10.0.0.4", HEAD.total)
+    assert _elsewhere(ROLLOUT, [HEAD, SPOT, second]) == {NODE: f"!in({HEAD.id},{second.id})"}  # a space would be a part
     assert _elsewhere(ROLLOUT, [HEAD]) == {}  # nowhere else to go
     assert _elsewhere(Bundle("rollout-0", {"CPU": 1.0, "GPU": 8.0}), [HEAD, SPOT]) == {}  # too large for the others
     assert _elsewhere(ROLLOUT, [SPOT]) == {}

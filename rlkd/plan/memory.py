@@ -70,30 +70,40 @@ def head(shape: Shape, rows: float, head_rows: int, element: int) -> float:
 
 def learner(config: Config, shape: Shape, work: Work, hardware: Hardware) -> Memory:
     """Of one rank."""
-    o, ranks, n = config.learner, config.learner.ranks, shape.parameters
+    o, ranks = config.learner, config.learner.ranks
     w, stage = weight_size(config, hardware.gpu), zero_stage(config, hardware.gpu)
     parts, host = _states(shape, w, stage, ranks, o.offload)
     tokens = micro_batch(config, work)
     flash = hardware.gpu and config.model.attention != "sdpa"
     parts["activations"] = tokens * activations(shape, w, o.gradient_checkpointing, flash)
     parts["log-probs"] = head(shape, tokens, o.head_rows, w)
-    # The optimizer's own temporaries come when activations are gone: only what is beyond them counts.
-    step = 4 * n / ranks if stage in (1, 2) and w == 4 else 0.0
-    parts["optimizer step"] = max(0.0, step - parts["activations"] - parts["log-probs"])
-    if hardware.gpu:
+    moved = _stepping(shape, w, stage, ranks)
+    if hardware.gpu:  # the step comes when activations are gone: only what is beyond them counts
+        parts["optimizer step"] = max(0.0, max(moved) - parts["activations"] - parts["log-probs"])
         parts["fragments"] = FRAGMENTS * sum(parts.values())
         parts["runtime"] = CUDA
         host["process"] = BASE["learner"]
-    else:
+    else:  # what was freed before is kept (workers/threads.py), in holes too small for these
+        parts["optimizer step"] = sum(moved)
         parts["process"] = BASE["learner"]
         if ranks > 1 and stage:
             parts["collectives"] = _collectives(shape, w, stage)
     return Memory("learner", parts, host)
 
 
+def _stepping(shape: Shape, w: int, stage: int, ranks: int) -> tuple[float, float]:
+    """What ZeRO's step makes for a moment: the gradient in one piece (1 and 2, of float32 weights), and, for the norm,
+    the largest tensor of it in float64."""
+    if stage == 0:
+        return 0.0, 0.0
+    share = shape.parameters / ranks
+    largest = max(shape.head, shape.hidden * shape.intermediate)
+    return (4 * share if stage < 3 and w == 4 else 0.0), 8 * min(float(largest), share)
+
+
 def _collectives(shape: Shape, w: int, stage: int) -> float:
     """What gloo copies on a CPU: ZeRO-1 and 2 gather all weights through one flat tensor, 2 and 3 reduce a bucket in
-    another. The heap keeps what was freed before (workers/threads.py), in holes too small for these."""
+    another."""
     gathered = float(w * shape.parameters) if stage < 3 else 0.0
     return gathered + (min(float(BUCKET), float(shape.parameters)) * w if stage >= 2 else 0.0)
 

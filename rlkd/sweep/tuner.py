@@ -42,6 +42,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # stopping.py
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # told.py, in a line; Tune keeps them in the trial's error.txt
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # how old Tune's record may be when the driver is killed
+    "TUNE_WARN_THRESHOLD_S": "60",  # of Tune's own loop; recipes are loaded in it
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 

@@ -221,7 +221,7 @@ def _elsewhere(bundle: Bundle, nodes: Sequence[Node]) -> dict[str, str]:
     stay = [n.id for n in nodes if n.stable]
     if not stay or not any(_fits(bundle.resources, n.total) for n in nodes if not n.stable):
         return {}
-    return {NODE: f"!in({', '.join(stay)})"}
+    return {NODE: f"!in({','.join(stay)})"}  # no spaces: Ray takes them for a part of the value
 
 
 async def _placed(placement: Placement, wanted: Sequence[Bundle], until: float, wait_s: float) -> None:

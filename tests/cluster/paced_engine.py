@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.chaos.fast_engine import FastEngine
 
 GATE = "RLKD_TEST_GATE"  # the file; in the environment of the raylets
-SLOW_S = 0.15  # a token
+SLOW_S = 0.3  # a token
 
 
 class PacedEngine(FastEngine):

@@ -12,7 +12,7 @@ from tests.chaos.recipe import recipe
 from tests.cluster.help import Run, nodes, started
 from tests.cluster.paced_engine import GATE
 
-STEPS = 150
+STEPS = 100
 CHANGES: dict[str, Any] = {
     "schedule": {"steps": STEPS, "groups_per_step": 4, "staleness": 1},
     "learner": {"ranks": 2, "zero_stage": 2},

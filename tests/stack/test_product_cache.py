@@ -14,7 +14,7 @@ MANY_SIZES = """
 import ctypes, torch
 from rlkd.core.matmul import on_onednn, product
 class Info(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "abcdefg"] + [("used", ctypes.c_size_t)] + [("h", ctypes.c_size_t)] * 2
+    _fields_ = [(name, ctypes.c_size_t) for name in (*"abcdefg", "used", *"ij")]
 libc = ctypes.CDLL("libc.so.6")
 libc.mallinfo2.restype = Info
 weight = torch.randn(128, 96)
