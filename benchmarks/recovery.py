@@ -74,7 +74,8 @@ class Run:
 
     def settle(self) -> None:
         """Everybody is there, and two more steps are done; then at a random instant of a step."""
-        self.until("two rollout workers", lambda: True if len(self.ready("rollout")) == 2 else None)
+        for kind, size in (("rollout", 2), ("reward", 1), ("learner", 1)):
+            self.until(f"{size} × {kind}", lambda k=kind, n=size: True if len(self.ready(k)) >= n else None)
         self.step_after(steps(self.directory) + 1)
         time.sleep(self.chance.uniform(0.0, 1.0))
 
