@@ -83,7 +83,8 @@ async def reserve(wanted: list[Bundle], wait_s: float) -> Placement:
     """Reserve all bundles at once, or raise PreflightError that says what is missing after at most `wait_s` seconds."""
     group = placement_group([dict(b.resources) for b in wanted], strategy="PACK")
     try:
-        await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), wait_s)
+        async with asyncio.timeout(wait_s):
+            await asyncio.wrap_future(group.ready().future())
     except TimeoutError:
         remove_placement_group(group)
         raise PreflightError(
