@@ -94,7 +94,8 @@ class Watcher:
 
         self._asking = Thread(target=work, name="asks Ray for drained nodes", daemon=True)
         self._asking.start()
-        return await asyncio.wait_for(asyncio.wrap_future(answer), ASK_S)
+        async with asyncio.timeout(ASK_S):
+            return await asyncio.wrap_future(answer)
 
     def look(self, draining: Mapping[str, float], essential: Collection[str]) -> None:
         """One poll: nodes that are new in the draining set, and the clock."""

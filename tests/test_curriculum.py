@@ -59,7 +59,7 @@ def test_each_epoch_has_every_prompt_once(n: int, seed: int, fingerprint: str, e
         assert order == [f"p{i}" for i in permutation(fingerprint, seed, epoch, n)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 30),
     st.integers(0, 100),

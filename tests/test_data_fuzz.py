@@ -63,7 +63,7 @@ def prompts_or_error(source: Source, rules: Rules) -> Dataset | DataError:
 
 
 @pytest.mark.faults("F43")
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.lists(lines, min_size=1, max_size=12), st.sampled_from(["fail", "drop"]), st.booleans())
 @example([b"\x00" * 100], "fail", True)
 @example([b'{"prompt": "x", "answer": 1e999}'], "fail", True)
@@ -90,7 +90,7 @@ def test_any_bytes_give_prompts_or_a_data_error(
     "\n".join(found.warnings).encode()
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.one_of(rows, st.dictionaries(text, values, max_size=4)))
 def test_any_row_is_a_question_or_says_why_not(fields: dict[str, Any]) -> None:
     found = question(Row(7, "a.jsonl:7", fields), Columns(), "a.jsonl")

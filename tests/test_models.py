@@ -221,7 +221,10 @@ def test_vllm_loads_tiny_and_agrees_with_hugging_face(student: Path, tokenizer: 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "question", "answer"),
-    [("smollm2", "What is 3 + 4?", "3 + 4 = 7"), ("gemma3-270m", "Question: What is 3 + 4?\nAnswer:", "3 + 4 = 7")],
+    [
+        ("smollm2", "What is 3 + 4?", "3 + 4 = 7"),
+        pytest.param("gemma3-270m", "Question: What is 3 + 4?\nAnswer:", "3 + 4 = 7", marks=pytest.mark.long),
+    ],
 )
 def test_packaged_models_answer_and_agree_with_vllm(name: str, question: str, answer: str, tmp_path: Path) -> None:
     kept = os.environ.get("RLKD_TEST_MODELS")  # a directory that outlives the session saves the download

@@ -202,6 +202,23 @@ def test_ray_being_away_is_told_once_and_not_the_end() -> None:
     assert world.left == [{"w1": None}]
 
 
+def test_it_ends_when_it_is_told_to_also_with_an_answer_on_its_way() -> None:
+    """`asyncio.wait_for` of Python 3.11 swallows a cancellation that comes together with the answer."""
+
+    async def main() -> None:
+        for i in range(100):
+            task = asyncio.create_task(World(PreemptConfig(poll_s=1e-6)).watcher.run())
+            await asyncio.sleep(i * 1e-5)
+            task.cancel()
+            ended, _ = await asyncio.wait({task}, timeout=2.0)
+            while not task.done():
+                task.cancel()
+                await asyncio.sleep(0.001)
+            assert ended
+
+    asyncio.run(main())
+
+
 def test_a_watcher_that_fails_ends_the_run() -> None:
     """A run that hears no more notices looks well until it is too late."""
 

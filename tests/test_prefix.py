@@ -59,7 +59,7 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
         assert float((found[name] - g).abs().max()) <= bound * largest, name
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     seed=st.integers(0, 1000),
@@ -153,7 +153,7 @@ def step_gradient(groups: Sequence[Group], ranks: int, max_tokens: int, algorith
     return {name: q.grad.clone() for name, q in p.model.named_parameters() if q.grad is not None}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     ranks=st.integers(1, 4),
@@ -199,7 +199,7 @@ def flash_reference(
     return torch.cat(outputs).to(dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     groups=st.integers(1, 4),

@@ -1,17 +1,19 @@
 """The README's worked examples work, and its commands exist."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from rlkd import cli
 from rlkd.config.load import load
 from tests.toys import group_of
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)  # of commands, and what they print
 
 
 def example(name: str) -> str:
@@ -60,13 +62,11 @@ def test_the_reward_of_the_readme(here: Path) -> None:
 
 
 def test_every_command_of_the_readme_exists() -> None:
-    named = set(re.findall(r"rlkd (train|check|doctor|eval|export|model get)\b", README))
-    assert {"train", "check", "doctor", "eval", "export", "model get"} <= named
+    named = set(re.findall(r"rlkd ([a-z]+(?:-[a-z]+)*(?: get| ls)?)", "\n".join(BLOCKS)))
+    assert {"train", "check", "doctor", "eval", "export", "model get", "chaos", "resume"} <= named
     for command in named:
-        done = subprocess.run(
-            [sys.executable, "-m", "rlkd", *command.split(), "--help"], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(cli.app, [*command.split(), "--help"])
+        assert done.exit_code == 0, done.output
 
 
 def test_every_path_of_the_map_exists() -> None:

@@ -20,7 +20,7 @@ from rlkd.store.store import Store
 from tests.store_help import FILES, Told, flip, is_of, saved
 
 Damage = Callable[[Path], object]
-FUZZED = 300  # inputs of each fuzz test; RLKD_FUZZ=N: N of each
+FUZZED = 150  # inputs of each fuzz test; RLKD_FUZZ=N: N of each
 
 
 def store_of(directory: Path, steps: int = 2) -> Store:

@@ -26,7 +26,7 @@ from tests.store_help import FILES, content, fill, flip, is_of
 from tests.test_store_crash import AFTER, BEFORE
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # the model is of files, not of the disk
-LIVES = int(os.environ.get("RLKD_LIVES", 25))
+LIVES = int(os.environ.get("RLKD_LIVES", 12))
 
 
 class Life(RuleBasedStateMachine):

@@ -75,7 +75,8 @@ class Saving:
         if not step and not self.whole():
             return
         try:
-            await asyncio.wait_for(save(), self._takes() * 10 + self.patience_s)
+            async with asyncio.timeout(self._takes() * 10 + self.patience_s):
+                await save()
         except Exception as second:
             text = f"step {step} could not be saved before the run ended: {second!r}; {self.stands()}"
             self.report.event("save_failed", text, step=step)
@@ -98,7 +99,8 @@ class Saving:
             return f"{reason}{self.stands()}; {again}"
         step, left = self.state().step, self.stop.left_s()  # others may have asked meanwhile, for sooner
         try:
-            await asyncio.wait_for(self.save(must=True), None if left is None else max(0.0, left - self.margin_s / 2))
+            async with asyncio.timeout(None if left is None else max(0.0, left - self.margin_s / 2)):
+                await self.save(must=True)
         except (TimeoutError, SaveFailed, PreflightError) as failed:
             return f"{reason}step {step} could not be saved ({failed or 'no time'}); {self.stands()}; {again}"
         return f"{reason}saved step {step} of {self.steps}; {again}"

@@ -215,7 +215,8 @@ class Crew(Places):
         if self._stacks is None or slot.place is None:
             return ""
         try:
-            return "; " + await asyncio.wait_for(self._stacks(slot.name, slot.place), STACKS_S)
+            async with asyncio.timeout(STACKS_S):
+                return "; " + await self._stacks(slot.name, slot.place)
         except TimeoutError:
             return f"; its stacks could not be taken within {STACKS_S:g} s"
 
@@ -245,9 +246,9 @@ class Crew(Places):
         """End a worker that leaves: when it has nothing left to do, or its time is up."""
         slot.state = "is leaving"
         async with self._changed:
-            done = self._changed.wait_for(lambda: slot.handle is None or not slot.calls)
             try:
-                await asyncio.wait_for(done, left_s)
+                async with asyncio.timeout(left_s):
+                    await self._changed.wait_for(lambda: slot.handle is None or not slot.calls)
                 text = "has left its node"
             except TimeoutError:
                 text = f"its node goes away, and {slot.calls} calls did not end in time"

@@ -55,7 +55,8 @@ async def watched(tell: Callable[[str, str], None], seen: Callable[[set[str]], N
     while True:
         await asyncio.sleep(EVERY_S)
         try:
-            now = {n.id: n for n in await asyncio.wait_for(aside(alive), ASK_S)}
+            async with asyncio.timeout(ASK_S):
+                now = {n.id: n for n in await aside(alive)}
         except Exception as error:  # Ray's own errors of all kinds: its head restarts, the network is gone
             if not deaf:
                 tell("nodes", f"Ray does not say which nodes there are: {type(error).__name__}: {error}")

@@ -94,13 +94,15 @@ class Roster:
         except Exception as error:  # of Ray, of the disk: the run has other troubles now
             return f"no stacks of {name}: {type(error).__name__}: {str(error)[:200]}"
 
+    async def _stacks_in_time(self, name: str, place: Place) -> str:
+        async with asyncio.timeout(DUMP_S):
+            return await self.stacks(name, place)
+
     async def stalled(self, text: str) -> None:
         """Nothing moves: everybody's stacks, then a warning, or the end of the run (health.on_stall)."""
         rows = [(name, Place(row["pid"], row.get("node", ""), row["host"])) for name, row in self.actors().items()
                 if "pid" in row]  # fmt: skip
-        said = await asyncio.gather(
-            *(asyncio.wait_for(self.stacks(*row), DUMP_S) for row in rows), return_exceptions=True
-        )
+        said = await asyncio.gather(*(self._stacks_in_time(*row) for row in rows), return_exceptions=True)
         told = [s if isinstance(s, str) else f"no stacks of {name} within {DUMP_S:g} s"
                 for (name, _), s in zip(rows, said, strict=True)]  # fmt: skip
         self._tell("stalled", f"nothing moves any more; awaited: {text}\n" + "\n".join(f"  {line}" for line in told))

@@ -102,7 +102,8 @@ async def _asked(node: str, folder: str | None, token: str) -> Seen | Problem:
     task = ray.remote(look).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
     try:
         future = task.remote(folder, token, node[:12]).future()
-        seen: Seen = await asyncio.wait_for(asyncio.wrap_future(future), ANSWER_S)
+        async with asyncio.timeout(ANSWER_S):
+            seen: Seen = await asyncio.wrap_future(future)
     except TimeoutError:
         return _silent(node, f"no answer within {ANSWER_S:g} s")
     except RayError as error:

@@ -15,7 +15,12 @@ QUICK = ["schedule.steps=3", "evaluate.at_start=false", "evaluate.at_end=false",
          "checkpoint.every=0"]  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [[], ["learner.ranks=2", "learner.zero_stage=2"]], ids=["zero-0", "zero-2"])
+TWO_RANKS = ["learner.ranks=2", "learner.zero_stage=2"]
+
+
+@pytest.mark.parametrize(
+    "more", [pytest.param([], id="zero-0"), pytest.param(TWO_RANKS, id="zero-2", marks=pytest.mark.long)]
+)
 def test_predicted_beside_measured(tmp_path: Path, more: list[str]) -> None:
     get("tiny", tmp_path / "tiny")
     recipe = [str(CONFIGS / "grpo-tiny.yaml"), f"model.path={tmp_path / 'tiny'}", f"report.directory={tmp_path}",

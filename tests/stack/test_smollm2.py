@@ -83,6 +83,7 @@ def test_learner_and_vllm_agree_before_and_after_five_updates(tmp_path: Path, sm
     assert max(worst for _, worst in found) <= 1e-3, found
 
 
+@pytest.mark.long
 def test_a_stale_head_would_be_caught(tmp_path: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: leave out the refresh of the tied LM head, and the same check fails."""
     monkeypatch.setitem(ENGINES, "vllm", "tests.stale_engine:StaleHead")
