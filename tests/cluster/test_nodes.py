@@ -24,6 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return get("tiny", tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.mark.long
 @pytest.mark.faults("F10", "F12", "F13", "F15")
 def test_a_node_is_drained_another_killed_and_a_new_one_used(tmp_path: Path, model: Path) -> None:
     """The ledger is that of a run in peace: every prompt once, in the same step."""
@@ -40,7 +41,7 @@ def three() -> Iterator[Nodes]:
         yield cluster
 
 
-@pytest.mark.parametrize("kind", ["auto", "ray"])
+@pytest.mark.parametrize("kind", ["auto", pytest.param("ray", marks=pytest.mark.long)])
 def test_the_samplers_of_other_nodes_have_the_learners_weights(
     tmp_path: Path, model: Path, three: Nodes, kind: str
 ) -> None:
@@ -75,6 +76,7 @@ def second(cluster: Nodes) -> str:
     return next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != cluster.head)
 
 
+@pytest.mark.long
 @pytest.mark.faults("F63")
 def test_more_than_there_is_room_for_is_said_with_what_each_node_has(tmp_path: Path, model: Path, three: Nodes) -> None:
     path = recipe(tmp_path, model, **REAL)
@@ -88,6 +90,7 @@ def test_more_than_there_is_room_for_is_said_with_what_each_node_has(tmp_path: P
     assert said.count("of 1 CPU") == 3  # a row for each node
 
 
+@pytest.mark.long
 def test_shared_memory_alone_keeps_everybody_on_one_node(tmp_path: Path, model: Path, three: Nodes) -> None:
     path = recipe(tmp_path, model, **REAL)
     overrides = (f"ray.address={three.address}", "sync.kind=shm", "schedule.steps=1")

@@ -17,7 +17,7 @@ from tests.cluster.network import Network, inside, network, possible
 from tests.cluster.paced_engine import GATE
 from tests.cluster.scenario import CHANGES, STEPS, quiet
 
-pytestmark = [pytest.mark.stack, pytest.mark.cluster, pytest.mark.timeout(600),
+pytestmark = [pytest.mark.stack, pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600),
               pytest.mark.skipif(possible() is not None, reason=str(possible()))]  # fmt: skip
 STAYS = {"stable": 1}
 
