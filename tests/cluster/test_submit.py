@@ -148,7 +148,7 @@ def status(project: Path, cluster: Head, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.faults("F11", "F69")
-@pytest.mark.parametrize("compared", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("compared", [False, pytest.param(True, marks=pytest.mark.long)], ids=["alone", "compared"])
 def test_a_run_is_stopped_in_the_middle_and_submitted_again_by_itself(
     cluster: Head, project: Path, compared: bool, request: pytest.FixtureRequest
 ) -> None:
