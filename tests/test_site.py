@@ -102,6 +102,7 @@ def test_other_packages_are_named_with_both_versions() -> None:
     ("given", "said"),
     [
         (["sampler.min_workers=2"], "sampler.min_workers=2 is more than sampler.workers=1"),
+        (["ray.share_gpus=true", "sampler.tensor_parallel=2"], "a part of one GPU, and tensor_parallel is 2"),
         (["sampler.workers=3", "sampler.max_workers=2"], "sampler.max_workers=2 is less than sampler.workers=3"),
         (["sampler.min_workers=0"], "must be at least 1"),
         (["sync.path=/x"], "used by sync.kind=disk only, and sync.kind=auto"),

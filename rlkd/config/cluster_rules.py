@@ -16,3 +16,6 @@ def cluster(given: Given) -> Iterator[Finding]:
     if sampler.max_workers is not None and sampler.max_workers < sampler.workers:
         what = f"sampler.max_workers={sampler.max_workers} is less than sampler.workers={sampler.workers}"
         yield Finding(("sampler.max_workers", "sampler.workers"), what, f"at least {sampler.workers}, or fewer workers")
+    if given.config.ray.share_gpus and sampler.tensor_parallel > 1:
+        what = f"with ray.share_gpus a worker has a part of one GPU, and tensor_parallel is {sampler.tensor_parallel}"
+        yield Finding(("ray.share_gpus", "sampler.tensor_parallel"), what, "one of the two")

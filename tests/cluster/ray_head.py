@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ class Head:
     address: str  # of the dashboard
     folder: Path  # Ray's
     dashboard: int  # the port
+    gcs: str  # for ray.address
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -48,22 +49,22 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def head(cpus: int = 4) -> Iterator[Head]:
-    """The cluster, until the context ends."""
+def head(cpus: int = 4, more: Sequence[str] = ()) -> Iterator[Head]:
+    """The cluster, until the context ends. `more`: options of its `ray start --head`."""
     folder = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))  # Ray's sockets need a short path
-    dashboard, agent, grpc, metrics, client = free_ports(5)
+    dashboard, agent, grpc, metrics, client, gcs = free_ports(6)
     command = [
-        str(BIN / "ray"), "start", "--head", "--block", "--port=0", f"--num-cpus={cpus}", f"--temp-dir={folder}",
+        str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", f"--num-cpus={cpus}", f"--temp-dir={folder}",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}",
         f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}", "--object-store-memory=200000000",
-        "--disable-usage-stats",
+        "--disable-usage-stats", *more,
     ]  # fmt: skip
     with (folder / "start.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(RAY_AUTH_MODE="token"), cwd="/")
     try:
         _up(process, dashboard, folder)
-        yield Head(f"http://127.0.0.1:{dashboard}", folder, dashboard)
+        yield Head(f"http://127.0.0.1:{dashboard}", folder, dashboard, f"127.0.0.1:{gcs}")
     finally:
         end(process.pid)
         process.wait(30)

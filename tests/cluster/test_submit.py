@@ -165,7 +165,7 @@ def test_a_run_is_stopped_in_the_middle_and_submitted_again_by_itself(
     assert client.process.returncode == 0, client.said()[-4000:]
     said = client.err.read_text()
     assert re.search(r"package \d+\.?\d* [kM]B \(\d+ files; left out runs/", said)
-    assert re.search(r"preflight on the cluster: ok \(needs 0\.\d CPU; free: \S+ \(head\) 4 of 4 CPU\)", said)
+    assert re.search(r"preflight on the cluster: ok \(needs 0\.\d CPU; free: \S+ \(head\) [\d.]+ of 4 CPU\)", said)
     assert re.search(rf"job {name}-1  attempt 1   stop grace \d+ s \(a save takes \d+ s, reckoned\)", said)
     assert re.search(rf"job {name}-2 .*stop grace \d+ s \(a save takes \d+ s, measured\)", said)
     first, second = status(project, cluster, name)
