@@ -19,7 +19,7 @@ from rlkd.render.settings import Settings
 from tests.cluster.ray_head import ROOT, environment
 from tests.test_render_slurm import STUBS, Run
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
 JOB = 30_000 + os.getpid() % 9_000  # makes the port of Ray's head
 RECIPE = {
     "defaults": ["configs/grpo-tiny"],
