@@ -4,7 +4,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import ray
 from rlkd.config.schema import Config
 from rlkd.core.errors import InfrastructureError, LearnerLost, PreflightError, WorkerLost
 from rlkd.core.ports import Services, Writer
+from rlkd.core.together import together
 from rlkd.inputs import Inputs
 from rlkd.rewards.mix import Mix
 from rlkd.rewards.table import pack
+from rlkd.signals import held_back
 from rlkd.site import Site, settled
 from rlkd.staff import PROBE_S, Staff
 from rlkd.teachers import reader
@@ -109,7 +111,8 @@ def connect(config: Config) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after ray.shutdown must fail, not start another cluster
     # "local": with None Ray would join whatever cluster it finds on this machine, somebody else's too.
-    ray.init(address=address or "local", namespace=f"rlkd-{config.name}", log_to_driver=False, **own)
+    with held_back() if address else nullcontext():
+        ray.init(address=address or "local", namespace=f"rlkd-{config.name}", log_to_driver=False, **own)
 
 
 @dataclass
@@ -168,13 +171,20 @@ class _Builder:
         staff.make(self.placement, self.threads)
 
     async def _bring_up(self, parts: Mapping[str, Any]) -> None:
-        """One after the other: on a small machine starts that overlap take longer than in turn."""
-        for name, part in parts.items():
-            if part is not None:
-                self.tell("starting", f"{name} workers")
-                await started(part.start, name, self.config.learner.max_restarts, self.tell)
-                for note in part.notes() if isinstance(part, RewardPool) else ():
-                    self.tell("sandbox", note)
+        """All at once: most of a start is imports, on one core each. On GPUs that they share one after the other, for
+        vLLM measures what is free."""
+        present = [(name, part) for name, part in parts.items() if part is not None]
+        if not self.config.ray.share_gpus:
+            await together([self._up(name, part) for name, part in present])
+            return
+        for name, part in present:
+            await self._up(name, part)
+
+    async def _up(self, name: str, part: Any) -> None:
+        self.tell("starting", f"{name} workers")
+        await started(part.start, name, self.config.learner.max_restarts, self.tell)
+        for note in part.notes() if isinstance(part, RewardPool) else ():
+            self.tell("sandbox", note)
 
     def _traces(self, writers: Mapping[str, Writer], verify: RewardPool) -> LiveTraces:
         most, success = self.config.sampler.max_tokens, self.config.evaluate.success

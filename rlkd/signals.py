@@ -90,6 +90,17 @@ class Signals:
             os._exit(INTERRUPTED)
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """SIGTERM waits until the context ends: in the middle of `ray.init` Ray's C++ handler has it, and the process aborts
+    (134) when it ends. Not around what starts processes: they would inherit that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def kill_all() -> None:
     """SIGKILL to everything this process started, and to itself."""
     for child in psutil.Process().children(recursive=True):

@@ -347,7 +347,7 @@ def test_a_save_that_just_fits_before_the_deadline_is_made(tmp_path: Path) -> No
     learner = FakeLearner(policy, seconds=0.01)
     loop = loop_of(tmp_path, policy=policy, learner=learner, margin_s=0.2,
                    schedule=Schedule(steps=1000, groups_per_step=2))  # fmt: skip
-    loop.checkpoints.save_s = 0.5
+    loop.checkpoints.save_s = 1.2
     save = learner.save
 
     async def slow(path: str) -> Any:
@@ -360,7 +360,7 @@ def test_a_save_that_just_fits_before_the_deadline_is_made(tmp_path: Path) -> No
         task = asyncio.create_task(loop.run())
         while getattr(loop, "step", 0) < 3:
             await asyncio.sleep(0.001)
-        loop.stop.ask(StopRequest("signal", "SIGTERM", time.monotonic() + 0.9))
+        loop.stop.ask(StopRequest("signal", "SIGTERM", time.monotonic() + 1.8))
         return await task
 
     with pytest.raises(Stopped, match="saved step"):

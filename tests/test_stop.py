@@ -15,7 +15,7 @@ import pytest
 from rlkd.core.errors import InfrastructureError, LearnerLost, Stopped
 from rlkd.core.stop import Stop, StopRequest, seconds_until
 from rlkd.ending import announced, nothing_new, saving, started, translated
-from rlkd.signals import Signals, StopNow, grace_of_platform
+from rlkd.signals import Signals, StopNow, grace_of_platform, held_back
 from tests.test_cli import environment
 
 
@@ -108,7 +108,7 @@ def test_what_is_no_time(when: str) -> None:
 CHILD = """
 import os, sys, time, subprocess
 from rlkd.core.stop import Stop
-from rlkd.signals import Signals, StopNow
+from rlkd.signals import Signals, StopNow, held_back
 stop = Stop()
 def last():
     print("last", flush=True)
@@ -226,6 +226,19 @@ def test_a_handler_that_somebody_replaced_is_taken_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.request == StopRequest("signal", "SIGTERM")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_held_back_it_comes_afterwards() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            assert heard == []
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_in_another_thread_it_does_nothing() -> None:

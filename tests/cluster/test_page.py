@@ -30,7 +30,7 @@ ADDED = {
     "rlkd train": SHORT,
     "rlkd submit": [*SHORT, "--pause", "0"],
     "launch/submit.sh": SHORT,
-    "rlkd sweep": [*SHORT, "schedule.steps=2", "evaluate.every=1", "--trials", "2"],
+    "rlkd sweep": [*SHORT, "schedule.steps=6", "evaluate.every=3", "--trials", "2"],
     "rlkd plan --check": ["--no-calibrate"],
 }
 STAND_IN = """#!/bin/sh
@@ -123,5 +123,5 @@ def test_a_cluster_and_what_runs_on_it(project: Path, monkeypatch: pytest.Monkey
             done = subprocess.run(told(command, cluster), env=env, capture_output=True, text=True, timeout=400)
             assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}\n{done.stdout[-2000:]}"
         for name in ("nodes", "demo", "plain"):
-            assert steps(project / "runs" / name) == 5
+            assert steps(project / "runs" / name) == 10
         assert (project / "runs/sweep-grpo-tiny/report.html").exists()

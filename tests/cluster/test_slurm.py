@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,10 @@ def run(folder: Path) -> Iterator[Run]:
 
 def test_slurms_notice_in_the_middle_of_a_run(run: Run, folder: Path) -> None:
     run.until("runs/few/metrics.jsonl", 240)
+    until = time.monotonic() + 120
+    while not (folder / "runs/few/metrics.jsonl").read_text():
+        assert time.monotonic() < until, run.calls()
+        time.sleep(0.1)
     run.signal_steps()
     code, said = run.end(120)
     log = "\n".join(p.read_text()[-2000:] for p in folder.glob("*-ray-*.log"))
