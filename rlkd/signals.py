@@ -92,8 +92,8 @@ class Signals:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """SIGTERM waits until the context ends: in the middle of `ray.init` Ray's C++ handler has it, and the process aborts
-    (134) when it ends. Not around what starts processes: they would inherit that."""
+    """SIGTERM waits until the context ends: in the middle of `ray.init` Ray's C++ handler has it, and the process
+    aborts (134) when it ends. Not around what starts processes: they would inherit that."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_what_is_no_time(when: str) -> None:
 CHILD = """
 import os, sys, time, subprocess
 from rlkd.core.stop import Stop
-from rlkd.signals import Signals, StopNow, held_back
+from rlkd.signals import Signals, StopNow
 stop = Stop()
 def last():
     print("last", flush=True)
