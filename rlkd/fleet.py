@@ -4,7 +4,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from rlkd.core.together import together
 from rlkd.inputs import Inputs
 from rlkd.rewards.mix import Mix
 from rlkd.rewards.table import pack
-from rlkd.signals import held_back
 from rlkd.site import Site, settled
 from rlkd.staff import PROBE_S, Staff
 from rlkd.teachers import reader
@@ -111,8 +110,7 @@ def connect(config: Config) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after ray.shutdown must fail, not start another cluster
     # "local": with None Ray would join whatever cluster it finds on this machine, somebody else's too.
-    with held_back() if address else nullcontext():
-        ray.init(address=address or "local", namespace=f"rlkd-{config.name}", log_to_driver=False, **own)
+    ray.init(address=address or "local", namespace=f"rlkd-{config.name}", log_to_driver=False, **own)
 
 
 @dataclass

@@ -70,6 +70,7 @@ class Signals:
             self._interruptible = False
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
+        signal.alarm(0)  # in the middle of `ray.init` Ray's C++ handler was first: it would abort the process in 3 s
         if number == signal.SIGINT and self.stop.is_set():
             self._without_saving()
         elif not self.stop.is_set():
@@ -88,17 +89,6 @@ class Signals:
             self.last()
         finally:
             os._exit(INTERRUPTED)
-
-
-@contextmanager
-def held_back() -> Iterator[None]:
-    """SIGTERM waits until the context ends: in the middle of `ray.init` Ray's C++ handler has it, and the process
-    aborts (134) when it ends. Not around what starts processes: they would inherit that."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def kill_all() -> None:
