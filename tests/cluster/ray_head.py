@@ -85,6 +85,12 @@ def end(pid: int) -> None:
     psutil.wait_procs(family, timeout=10)
 
 
+def processes(*words: str) -> list[psutil.Process]:
+    """Those whose command line has all of these words."""
+    every = psutil.process_iter(["cmdline"])
+    return [p for p in every if all(word in " ".join(p.info["cmdline"] or ()) for word in words)]
+
+
 def _up(process: "subprocess.Popen[bytes]", port: int, folder: Path) -> None:
     until = time.monotonic() + START_S
     ask = urllib.request.Request(f"http://127.0.0.1:{port}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})

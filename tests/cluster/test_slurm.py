@@ -17,7 +17,7 @@ from rlkd.render.job import Job
 from rlkd.render.nodes import Machine
 from rlkd.render.platforms import slurm
 from rlkd.render.settings import Settings
-from tests.cluster.ray_head import ROOT, environment
+from tests.cluster.ray_head import ROOT, end, environment, processes
 from tests.test_render_slurm import STUBS, Run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
@@ -64,6 +64,8 @@ def run(folder: Path) -> Iterator[Run]:
             os.killpg(group, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             continue
+    for ray in processes(f"rlkd-{JOB}"):  # Ray's nodes are in sessions of their own
+        end(ray.pid)
     shutil.rmtree(f"/tmp/rlkd-{JOB}", ignore_errors=True)
 
 

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
 from rlkd.chaos import final_weights, ledger, steps
 from rlkd.models.get import get
-from tests.cluster.ray_head import ROOT, Head, end, environment, head
+from tests.cluster.ray_head import ROOT, Head, end, environment, head, processes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 STEPS = 24
@@ -108,12 +107,6 @@ class Started:
 def submit(folder: Path, cluster: Head, name: str, *more: str) -> Started:
     command = [sys.executable, "-m", "rlkd", "submit", "few.yaml", f"name={name}", "--ray", cluster.address]
     return Started(folder, [*command, "--pause", "0", *more])
-
-
-def processes(*words: str) -> list[psutil.Process]:
-    """Those whose command line has all of these words."""
-    every = psutil.process_iter(["cmdline"])
-    return [p for p in every if all(word in " ".join(p.info["cmdline"] or ()) for word in words)]
 
 
 @contextmanager
