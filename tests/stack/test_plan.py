@@ -11,8 +11,8 @@ from rlkd.models.get import get
 from tests.plan_help import CONFIGS
 
 pytestmark = pytest.mark.stack
-QUICK = ["schedule.steps=3", "evaluate.at_start=false", "evaluate.at_end=false", "report.tensorboard=false",
-         "checkpoint.every=0"]  # fmt: skip
+QUICK = ["schedule.steps=6", "learner.warmup_steps=1", "evaluate.at_start=false", "evaluate.at_end=false",
+         "report.tensorboard=false", "checkpoint.every=0"]  # fmt: skip
 TWO_RANKS = ["learner.ranks=2", "learner.zero_stage=2"]
 
 
