@@ -223,6 +223,7 @@ def test_reasoning_gym_keeps_the_whole_entry() -> None:
     json.dumps(dict(dataset.prompts[0].metadata), allow_nan=False)
 
 
+@pytest.mark.stack
 def test_reasoning_gym_is_the_same_in_every_process() -> None:
     """Made in this process, word_ladder's answers would depend on PYTHONHASHSEED."""
     code = "from rlkd.data.generators import reasoning_gym; print([*reasoning_gym('word_ladder', 4, 7, {})])"
@@ -234,6 +235,7 @@ def test_reasoning_gym_is_the_same_in_every_process() -> None:
     assert "source_dataset" in found[0].stdout, found[0].stderr
 
 
+@pytest.mark.stack
 def test_reasoning_gym_entries_score_their_own_answers_in_full() -> None:
     import reasoning_gym
 

@@ -282,6 +282,7 @@ def test_wandb_that_crashes_is_told(fake: Path, monkeypatch: pytest.MonkeyPatch)
     assert any("its process" in text or "BrokenPipe" in text for text in said)
 
 
+@pytest.mark.stack
 @pytest.mark.parametrize("how", ["hang-finish", "hang-log"])
 def test_wandb_that_hangs_later_is_ended(fake: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     _, said, got = tracked(fake, how, monkeypatch)

@@ -159,6 +159,7 @@ def test_calls_by_name(jails: Any) -> None:
 
 
 @sandboxed
+@pytest.mark.stack
 @pytest.mark.faults("F32", "F33", "F36", "F37")
 def test_what_an_answer_does_to_itself_is_a_wrong_answer_and_no_failure(jails: Any) -> None:
     """Time, memory, a crash, output, an early end: the model's fault, scored 0, and its siblings are judged."""

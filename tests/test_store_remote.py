@@ -52,7 +52,7 @@ def s3() -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-@pytest.fixture(params=["memory", "file", "s3"])
+@pytest.fixture(params=["memory", "file", pytest.param("s3", marks=pytest.mark.stack)])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A new place in each kind of store."""
     if request.param == "s3":
@@ -268,12 +268,14 @@ def test_a_store_that_never_answers_is_given_up(tmp_path: Path, there: Remote, m
     never.set()
 
 
+@pytest.mark.stack
 @pytest.mark.usefixtures("s3")
 def test_no_bucket_is_no_empty_store(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"RLKD-K015[\s\S]*there is no misspelt there"):
         store_at(tmp_path, Remote("s3://misspelt/runs")).newest()
 
 
+@pytest.mark.stack
 @pytest.mark.faults("F28")
 def test_s3_stopped_in_the_middle_of_an_upload_and_going_on(
     tmp_path: Path, s3: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch

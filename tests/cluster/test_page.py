@@ -62,6 +62,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.cluster
 def test_plans_and_files_for_platforms(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     for command in commands(*HERE):
