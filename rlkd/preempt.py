@@ -12,18 +12,15 @@ one that is over when it is first seen is from a clock that differs from ours, a
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from threading import Thread
-from typing import TypeVar
 
 from rlkd.config.schema import PreemptConfig
 from rlkd.core.errors import ConfigError
 from rlkd.core.stop import Stop, StopRequest, seconds_until
+from rlkd.workers.aside import OneAtATime
 
 Left = Mapping[str, float | None]  # node → seconds until it is gone, None where nobody knows
-Answer = TypeVar("Answer")
 ASK_S = 10.0  # for an answer from Ray
 FIRST_SAVE_S = 30.0  # what a save is taken to last before one was measured
 
@@ -47,7 +44,7 @@ class Watcher:
     def __post_init__(self) -> None:
         self._last = -self.config.coalesce_s  # when a drain was last seen, this clock
         self._deaf = False
-        self._asking: Thread | None = None
+        self._ask = OneAtATime(ASK_S)
         self._end = self._must_end()
 
     def was_draining(self, node: str) -> bool:
@@ -67,9 +64,9 @@ class Watcher:
         """The draining set and, if somebody is new in it, the essential nodes: from a thread, for Ray may not answer.
         That is told once, and asked again; what it knew is seen later."""
         try:
-            found = await self._from_a_thread(self.draining)
+            found = await self._ask(self.draining)
             new = found.keys() - self.known.keys()
-            essential = await self._from_a_thread(self.essential) if new else ()
+            essential = await self._ask(self.essential) if new else ()
         except Exception as error:  # Ray's own errors of all kinds: its head restarts, the network is gone
             if not self._deaf:
                 self.tell("preempt", f"Ray does not say which nodes are drained: {type(error).__name__}: {error}")
@@ -77,25 +74,6 @@ class Watcher:
             return {}, ()
         self._deaf = False
         return found, essential
-
-    async def _from_a_thread(self, call: Callable[[], Answer]) -> Answer:
-        """What it gives, TimeoutError after ASK_S. The thread is a daemon: those of `asyncio.to_thread` are waited for
-        when the run ends, however long they hang. While one hangs no other is started."""
-        if self._asking is not None and self._asking.is_alive():
-            raise TimeoutError("it has not answered the last question yet")
-        answer: Future[Answer] = Future()
-        answer.set_running_or_notify_cancel()  # who gives up waiting does not cancel it: it may be set later
-
-        def work() -> None:
-            try:
-                answer.set_result(call())
-            except Exception as error:
-                answer.set_exception(error)
-
-        self._asking = Thread(target=work, name="asks Ray for drained nodes", daemon=True)
-        self._asking.start()
-        async with asyncio.timeout(ASK_S):
-            return await asyncio.wrap_future(answer)
 
     def look(self, draining: Mapping[str, float], essential: Collection[str]) -> None:
         """One poll: nodes that are new in the draining set, and the clock."""

@@ -34,8 +34,7 @@ def train(
 ) -> int:
     """Run what is left of the stages; the exit code of the last. The other arguments as in run.train."""
     if not stages[0].name:
-        followed = () if watch is None else (False, watch)
-        return run.train(stages[0].config, recipe, resume, accept_new_data, *followed)
+        return run.train(stages[0].config, recipe, resume, accept_new_data, watch=watch)
     root = run_directory(stages[0].config)
     names = [f"{number}-{stage.name}" for number, stage in enumerate(stages, 1)]
     _may_resume(root, resume)

@@ -8,16 +8,15 @@ import json
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from rlkd.core.errors import ConfigError, PreflightError, nearest
+from rlkd.workers.aside import asked
 
 ANSWER_S = 10.0  # for one answer of the dashboard
 UPLOAD_S = 120.0  # for the package
@@ -168,17 +167,8 @@ class Jobs:
 def within(seconds: float, what: str, call: Callable[[], Result]) -> Result:
     """The result of a call over the network; Unanswered if there is none in time. Its thread is then left behind: the
     library knows no time limit, and cannot be interrupted."""
-    box: Future[Result] = Future()
-
-    def work() -> None:
-        try:
-            box.set_result(call())
-        except BaseException as error:
-            box.set_exception(error)
-
-    threading.Thread(target=work, name=what, daemon=True).start()
     try:
-        return box.result(seconds)
+        return asked(call, what).result(seconds)
     except TimeoutError as error:
         raise Unanswered(f"{what}: no answer in {seconds:.0f} s") from error
     except OSError as error:  # requests' errors are of this kind

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import ray
 
-from rlkd.workers.aside import aside
+from rlkd.workers.aside import OneAtATime, aside
 
 STABLE = "stable"
 EVERY_S = 5.0  # between two looks at the cluster
@@ -51,12 +51,11 @@ def in_words(where: Mapping[str, str], nodes: list[Node]) -> str:
 
 async def watched(tell: Callable[[str, str], None], seen: Callable[[set[str]], None]) -> None:
     """Tell of nodes that come and go, as long as it runs; `seen` is given the ids of those alive after every look."""
-    known, deaf = {n.id: n for n in await aside(alive)}, False
+    known, deaf, ask = {n.id: n for n in await aside(alive)}, False, OneAtATime(ASK_S)
     while True:
         await asyncio.sleep(EVERY_S)
         try:
-            async with asyncio.timeout(ASK_S):
-                now = {n.id: n for n in await aside(alive)}
+            now = {n.id: n for n in await ask(alive)}
         except Exception as error:  # Ray's own errors of all kinds: its head restarts, the network is gone
             if not deaf:
                 tell("nodes", f"Ray does not say which nodes there are: {type(error).__name__}: {error}")
