@@ -23,7 +23,7 @@ from rlkd.render.nodes import Layout, Machine, Needs, Packed, by_kind, packed
 from rlkd.render.settings import Settings
 from rlkd.report import secrets
 from rlkd.report.files import replace_file
-from rlkd.submit.needs import frozen
+from rlkd.teachers import workers_of
 from rlkd.workers.placement import bundles
 
 MARK = "Rendered by: "
@@ -93,10 +93,10 @@ def _check_sync(configs: Sequence[Config], nodes: int) -> None:
 
 def _needs(config: Config, gpu: bool) -> Needs:
     s = config.sampler
+    most, frozen = s.max_workers or s.workers, workers_of(config)
     wanted = bundles(
-        config.learner.ranks, s.max_workers or s.workers, s.tensor_parallel, config.verifier.workers, frozen(config),
-        gpu, config.ray.share_gpus,
-    )  # fmt: skip
+        config.learner.ranks, most, s.tensor_parallel, config.verifier.workers, frozen, gpu, config.ray.share_gpus
+    )
     least = s.workers if s.min_workers is None else s.min_workers
     return Needs.of([(b.role, b.resources) for b in wanted], least, config.ray.share_gpus)
 

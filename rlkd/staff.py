@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rlkd.engines.endpoint import Endpoint, EndpointOptions
 from rlkd.inputs import Inputs
 from rlkd.model_folder import model_config, vocabulary
 from rlkd.report import secrets
-from rlkd.teachers import scorers, shared, writers
+from rlkd.teachers import scored_by, scorer_role, scorers, workers_of, writer_role, writers, written_by
 from rlkd.workers.crew import Stacks
 from rlkd.workers.placement import Placement
 from rlkd.workers.pool import Pool, PoolOptions
@@ -27,7 +27,6 @@ from rlkd.workers.writer import LocalWriter
 
 Tell = Callable[..., None]
 PROBE_S = 30.0  # a worker that does not answer for this long is replaced
-SAMPLED = ("max_tokens", "temperature", "top_p", "chat", "system")  # of a WriterConfig: said with each call
 
 
 @dataclass
@@ -49,15 +48,13 @@ class Staff:
         every = writers(self.config) if self.asked else {}
         self._local = {name: t for name, t in every.items() if t.endpoint is None}
         self._remote = {name: t for name, t in every.items() if t.endpoint is not None}
-        self._scored_by = shared(self._scorers, self._same_scorer)
-        self._written_by = shared(self._local, self._same_writer)
+        self._scored_by = scored_by(self.config) if self.asked else {}
+        self._written_by = written_by(self.config) if self.asked else {}
         self._endpoints: dict[str, Endpoint] = {}
 
     def counts(self) -> dict[str, int]:
         """Workers of each role, for placement and threads."""
-        scoring = {_scorer_role(n): self._scorers[n].workers for n in dict.fromkeys(self._scored_by.values())}
-        writing = {_writer_role(n): self._local[n].workers for n in dict.fromkeys(self._written_by.values())}
-        return scoring | writing
+        return workers_of(self.config) if self.asked else {}
 
     async def test_endpoints(self) -> None:
         """Make the endpoints, and ask each a small question. RlkdError says what is wrong with one."""
@@ -70,9 +67,9 @@ class Staff:
     def make(self, placement: Placement, threads: Threads) -> None:
         """The pools, not started."""
         for name in dict.fromkeys(self._scored_by.values()):
-            self._add(_scorer_role(name), self._scorer(name, self._scorers[name], placement, threads))
+            self._add(scorer_role(name), self._scorer(name, self._scorers[name], placement, threads))
         for name in dict.fromkeys(self._written_by.values()):
-            self._add(_writer_role(name), self._writer(name, self._local[name], placement, threads))
+            self._add(writer_role(name), self._writer(name, self._local[name], placement, threads))
 
     def reference(self) -> Model | None:
         return self._pool_of("reference") if "reference" in self._scorers else None
@@ -103,14 +100,14 @@ class Staff:
     # --- one of them
 
     def _pool_of(self, name: str) -> Pool:
-        return self.pools[_scorer_role(self._scored_by[name])]
+        return self.pools[scorer_role(self._scored_by[name])]
 
     def _add(self, role: str, pool: Pool) -> None:
         self.pools[role] = pool
         self.stack.callback(pool.close)
 
     def _scorer(self, name: str, scorer: ScorerConfig, placement: Placement, threads: Threads) -> Pool:
-        role, n = _scorer_role(name), scorer.threads or threads.scorer
+        role, n = scorer_role(name), scorer.threads or threads.scorer
         options = {
             **self._folder(name),
             "context": self.read.frozen[name].context,
@@ -123,7 +120,7 @@ class Staff:
         return self._crew(role, spawn, scorer.workers, PoolOptions(timeout_s=scorer.timeout_s), placement)
 
     def _writer(self, name: str, teacher: TeacherConfig, placement: Placement, threads: Threads) -> Pool:
-        role, n, w = _writer_role(name), teacher.threads or threads.scorer, teacher.writer
+        role, n, w = writer_role(name), teacher.threads or threads.scorer, teacher.writer
         same = ("context", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization")
         options = {**self._folder(name), **{key: getattr(w, key) for key in same}, "threads": n}
         spawn = writer_spawner(w.engine, options, environment(n), lambda i: placement.options(f"{role}-{i}"))
@@ -144,7 +141,7 @@ class Staff:
         return {"path": path, "dtype": m.dtype, "device": m.device, "trust_remote_code": m.trust_remote_code}
 
     def _local_writer(self, name: str, w: WriterConfig) -> LocalWriter:
-        frozen, pool = self.read.frozen[name], self.pools[_writer_role(self._written_by[name])]
+        frozen, pool = self.read.frozen[name], self.pools[writer_role(self._written_by[name])]
         sampling = Sampling(w.max_tokens, w.temperature, w.top_p, frozen.tokenizer.stop_tokens)
         context = w.context or frozen.context
         return LocalWriter(
@@ -164,13 +161,6 @@ class Staff:
 
     # --- who is the same
 
-    def _same_scorer(self, name: str, s: ScorerConfig) -> tuple[Any, ...]:
-        return (self.read.frozen[name].path, s.workers, s.max_tokens, s.timeout_s, s.threads)
-
-    def _same_writer(self, name: str, t: TeacherConfig) -> tuple[Any, ...]:
-        engine = tuple(getattr(t.writer, f.name) for f in fields(t.writer) if f.name not in SAMPLED)
-        return (self.read.frozen[name].path, t.workers, t.timeout_s, t.threads, *engine)
-
 
 @dataclass(frozen=True)
 class Discreet:
@@ -182,11 +172,3 @@ class Discreet:
     async def write(self, messages: Sequence[Mapping[str, str]], seed: int = 0) -> Written:
         written = await self.writer.write(messages, seed)
         return replace(written, text=secrets.without(written.text))
-
-
-def _scorer_role(name: str) -> str:
-    return name if name == "reference" else f"teacher:{name}"
-
-
-def _writer_role(name: str) -> str:
-    return f"writer:{name}"

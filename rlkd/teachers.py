@@ -1,7 +1,7 @@
 """What a run knows of its frozen models, the reference and the teachers, before anything is started."""
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from rlkd.data.demonstrations import Demonstrations, cleaned
 from rlkd.data.vocabulary import ids_of, mismatch
 from rlkd.model_folder import model_config, own_context, vocabulary
 
+SAMPLED = ("max_tokens", "temperature", "top_p", "chat", "system")  # of a WriterConfig: said with each call
 SCORED = frozenset({Signal.TEACHER, Signal.TEACHER_TOPK})
 Settings = TypeVar("Settings")
 
@@ -81,10 +82,40 @@ def key_of(name: str) -> str:
     return name if name == "reference" else f"teachers.{name}"
 
 
-def shared(wanted: Mapping[str, Settings], same: Callable[[str, Settings], Hashable]) -> dict[str, str]:
-    """name → the first name with the same settings: they are served by one pool."""
+def scored_by(config: Config) -> dict[str, str]:
+    """name → the first name with the same model and settings: they are served by one pool."""
+    return _shared(scorers(config), lambda s: (s.path or config.model.path, s.workers, s.max_tokens, s.timeout_s,
+                                               s.threads))  # fmt: skip
+
+
+def written_by(config: Config) -> dict[str, str]:
+    """The same of those that write on machines of this run."""
+
+    def same(t: TeacherConfig) -> Hashable:
+        engine = tuple(getattr(t.writer, f.name) for f in fields(t.writer) if f.name not in SAMPLED)
+        return (t.path or config.model.path, t.workers, t.timeout_s, t.threads, *engine)
+
+    return _shared({name: t for name, t in writers(config).items() if t.endpoint is None}, same)
+
+
+def _shared(wanted: Mapping[str, Settings], same: Callable[[Settings], Hashable]) -> dict[str, str]:
     first: dict[Hashable, str] = {}
-    return {name: first.setdefault(same(name, settings), name) for name, settings in wanted.items()}
+    return {name: first.setdefault(same(settings), name) for name, settings in wanted.items()}
+
+
+def workers_of(config: Config) -> dict[str, int]:
+    """Workers of each role of frozen models, for placement and threads."""
+    scoring, writing = scorers(config), writers(config)
+    counts = {scorer_role(name): scoring[name].workers for name in scored_by(config).values()}
+    return counts | {writer_role(name): writing[name].workers for name in written_by(config).values()}
+
+
+def scorer_role(name: str) -> str:
+    return name if name == "reference" else f"teacher:{name}"
+
+
+def writer_role(name: str) -> str:
+    return f"writer:{name}"
 
 
 def reader(tokenizer: HFTokenizer) -> Callable[[Prompt, str], Int32[np.ndarray, "_"] | str]:

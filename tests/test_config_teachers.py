@@ -5,11 +5,13 @@ from typing import ClassVar
 
 import pytest
 
+from rlkd import teachers
 from rlkd.algorithms.grpo import GRPO
 from rlkd.config.load import load, resolved
 from rlkd.config.schema import Config, EndpointConfig, TeacherConfig
 from rlkd.core.errors import ConfigError, Problem
 from rlkd.core.types import Signal
+from rlkd.submit.needs import needs
 
 RECIPE = """\
 name: a-run
@@ -178,3 +180,12 @@ def test_a_teacher_called_by_a_wrong_name(folder: Path, overrides: list[str], sa
 def test_a_teacher_called_by_its_name(folder: Path, overrides: list[str]) -> None:
     (folder / "taught.yaml").write_text(TAUGHT)
     assert load(folder / "taught.yaml", overrides).algorithm.name == "kdrl"
+
+
+def test_who_differs_in_what_is_said_with_a_call_only_is_served_by_the_same_workers(folder: Path) -> None:
+    """The run, `submit`, `render` and a sweep's trials all count them so."""
+    warm = "teachers={a: {path: models/s, workers: 2}, b: {path: models/s, workers: 2, writer: {temperature: 0.5}}}"
+    config = load(recipe(folder), [warm])
+    assert teachers.written_by(config) == {"a": "a", "b": "a"}
+    assert teachers.workers_of(config) == {"writer:a": 2}
+    assert [b.role for b in needs(config, gpu=False) if b.role.startswith("writer")] == ["writer:a-0", "writer:a-1"]

@@ -1,11 +1,11 @@
 """How much room a run needs on a cluster, and what of it is missing where."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlkd.config.schema import Config, ScorerConfig, TeacherConfig
-from rlkd.teachers import scorers, shared, writers
+from rlkd.config.schema import Config
+from rlkd.teachers import workers_of
 from rlkd.workers.placement import Bundle, bundles
 
 KINDS = ("GPU", "CPU")
@@ -34,28 +34,14 @@ class Node:
         return (self.all if self.free is None else self.free).get(kind, 0.0)
 
 
-def needs(config: Config, gpu: bool) -> list[Bundle]:
+def needs(config: Config, gpu: bool, stable: bool = False) -> list[Bundle]:
     """What a run of this recipe asks of the cluster, an entry per actor."""
     sampler, learner = config.sampler, config.learner
     samplers = sampler.workers if sampler.min_workers is None else sampler.min_workers
     return bundles(
-        learner.ranks, samplers, sampler.tensor_parallel, config.verifier.workers, frozen(config), gpu,
-        config.ray.share_gpus,
+        learner.ranks, samplers, sampler.tensor_parallel, config.verifier.workers, workers_of(config), gpu,
+        config.ray.share_gpus, stable,
     )  # fmt: skip
-
-
-def frozen(config: Config) -> dict[str, int]:
-    """Workers of the frozen models: the same settings share one pool, as in staff.py."""
-
-    def scorer(_: str, s: ScorerConfig) -> Hashable:
-        return (s.path or config.model.path, s.workers, s.max_tokens, s.timeout_s, s.threads)
-
-    def writer(_: str, t: TeacherConfig) -> Hashable:
-        return (t.path or config.model.path, t.workers, t.timeout_s, t.threads, repr(t.writer))
-
-    scoring, local = scorers(config), {n: t for n, t in writers(config).items() if t.endpoint is None}
-    counts = {name: scoring[name].workers for name in shared(scoring, scorer).values()}
-    return counts | {f"writer:{name}": local[name].workers for name in shared(local, writer).values()}
 
 
 def total(wanted: Sequence[Bundle]) -> dict[str, float]:

@@ -11,9 +11,9 @@ from ray.tune import PlacementGroupFactory
 
 from rlkd.config.schema import Config
 from rlkd.config.stages import Stage
-from rlkd.teachers import scorers, writers
+from rlkd.submit.needs import needs
 from rlkd.workers.nodes import STABLE, alive
-from rlkd.workers.placement import A_LITTLE, CPU_SHARE, Bundle, bundles, has_room
+from rlkd.workers.placement import A_LITTLE, CPU_SHARE, Bundle, has_room
 
 Resources = dict[str, float]
 
@@ -42,17 +42,8 @@ def _gpu(stages: Sequence[Stage]) -> bool:
 
 
 def _actors(config: Config, gpu: bool, stable: bool) -> list[Resources]:
-    """One bundle per actor of a run. Who shares a model with another is counted all the same; of rollout workers, those
-    without which it does not begin."""
-    counts = {f"scorer:{name}": s.workers for name, s in scorers(config).items()}
-    counts |= {f"writer:{name}": t.workers for name, t in writers(config).items() if t.endpoint is None}
-    s = config.sampler
-    samplers = s.workers if s.min_workers is None else s.min_workers
-    made = bundles(
-        config.learner.ranks, samplers, s.tensor_parallel, config.verifier.workers, counts, gpu, config.ray.share_gpus,
-        stable,
-    )  # fmt: skip
-    return [dict(b.resources) for b in made]
+    """One bundle per actor of a run; of rollout workers, those without which it does not begin."""
+    return [dict(b.resources) for b in needs(config, gpu, stable)]
 
 
 def _together(stages: Sequence[list[Resources]]) -> list[Resources]:

@@ -32,6 +32,7 @@ def four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
     """Two machines that stay, each with room for a rank, and two for workers."""
     monkeypatch.setenv(GATE, str(tmp_path / "open"))
     monkeypatch.setenv("RAY_ENABLE_AUTO_CONNECT", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # with a token in the home Ray's nodes ask for it
     with network() as net:
         for number in range(4):
             machine = net.machine()
