@@ -44,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     made: Calls = []
 
     def noting(name: str, result: Any) -> Callable[..., Any]:
-        return lambda *args: made.append((name, *args)) or result
+        return lambda *args, **_: made.append((name, *args)) or result
 
     run = types.ModuleType("rlkd.run")
     run.train = noting("train", 0)  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ def test_how_to_go_on_and_whether_bit_by_bit(recipe: str, calls: Calls) -> None:
 
 @pytest.mark.usefixtures("calls")
 def test_the_exit_code_is_what_train_says(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["rlkd.run"], "train", lambda *_: 75)
+    monkeypatch.setattr(sys.modules["rlkd.run"], "train", lambda *_, **__: 75)
     assert invoke("train", recipe).exit_code == 75
 
 
@@ -176,7 +176,7 @@ def test_ckpt_and_why_stuck(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_every_error_has_its_exit_code_and_its_words(
     recipe: str, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
 ) -> None:
-    def fail(*_: Any) -> int:
+    def fail(*_: Any, **__: Any) -> int:
         raise error
 
     monkeypatch.setattr(sys.modules["rlkd.run"], "train", fail)

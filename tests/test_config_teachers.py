@@ -189,3 +189,11 @@ def test_who_differs_in_what_is_said_with_a_call_only_is_served_by_the_same_work
     assert teachers.written_by(config) == {"a": "a", "b": "a"}
     assert teachers.workers_of(config) == {"writer:a": 2}
     assert [b.role for b in needs(config, gpu=False) if b.role.startswith("writer")] == ["writer:a-0", "writer:a-1"]
+
+
+def test_scorers_share_a_pool_by_model_and_settings(folder: Path) -> None:
+    models = "a: {path: models/s}, b: {path: models/s}, slow: {path: models/s, timeout_s: 7}, c: {path: models/t}"
+    config = load(recipe(folder, "Scored"), [f"teachers={{{models}, most: {{path: models/s, workers: 3}}}}"])
+    assert teachers.scored_by(config) == {"a": "a", "b": "a", "slow": "slow", "c": "c", "most": "most"}
+    assert teachers.workers_of(config)["teacher:most"] == 3
+    assert "teacher:b" not in teachers.workers_of(config)

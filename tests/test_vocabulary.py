@@ -16,7 +16,7 @@ from rlkd.core.types import Prompt, Signal
 from rlkd.data import HFTokenizer
 from rlkd.data.vocabulary import differing, ids_of, mismatch
 from rlkd.models.tiny import character_tokenizer
-from rlkd.teachers import known, reader, shared, unused
+from rlkd.teachers import known, reader, unused
 from rlkd.train.loop import Schedule
 from tests.small_tokenizers import byte_tokenizer, wrapped
 from tests.toys import prompt_of
@@ -158,16 +158,6 @@ def test_a_context_that_a_teacher_has_not(policy: Path) -> None:
     wide = config(policy, Signal.TEACHER_TEXT, big={"writer": WriterConfig(context=65)})
     with pytest.raises(ConfigError, match=r"teachers.big.writer.context=65 is more than the model's 64"):
         known(wide, HFTokenizer.load(str(policy)))
-
-
-def test_the_same_settings_share_a_pool() -> None:
-    wanted = {"reference": (1, "a"), "one": (1, "b"), "two": (1, "a"), "three": (2, "a")}
-    assert shared(wanted, lambda _, s: s) == {
-        "reference": "reference",
-        "one": "one",
-        "two": "reference",
-        "three": "three",
-    }
 
 
 # --- what a teacher wrote, in the policy's tokens
