@@ -24,6 +24,7 @@ from rlkd.engines.keeper import JailClosed
 from rlkd.engines.probe import probe
 from rlkd.rewards.table import find, pack
 
+pytestmark = pytest.mark.stack  # real processes that hang, burst and are killed
 HERE = Path(__file__).parent
 PATHOLOGICAL = str(HERE / "pathological.py")
 PROMPT = Prompt("p7", np.zeros(3, np.int32), "42")

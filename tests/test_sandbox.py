@@ -27,6 +27,7 @@ from tests.fake_passes import FAKES
 CLOSED, OPEN = Room(closed=True, memory=1 << 29), Room(closed=False, memory=1 << 29)
 FOUND = probe()
 pytestmark = [
+    pytest.mark.stack,  # real programs in real rooms
     pytest.mark.faults("F41"),
     pytest.mark.skipif(FOUND.tier is not Tier.SANDBOX, reason=f"no sandbox on this machine: {FOUND.reason}"),
 ]
