@@ -1,7 +1,6 @@
 """The actors of a run: reserved, started, wired to each other, and taken down again."""
 
 import asyncio
-import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -22,6 +21,7 @@ from rlkd.site import Site, settled
 from rlkd.staff import PROBE_S, Staff
 from rlkd.teachers import reader
 from rlkd.train.traces import LiveTraces
+from rlkd.workers import cluster
 from rlkd.workers.learner import LearnerGroup
 from rlkd.workers.learner import spawner as learner_spawner
 from rlkd.workers.placement import Placement
@@ -101,16 +101,8 @@ def join(config: Config, stack: AsyncExitStack) -> None:
 
 
 def connect(config: Config) -> None:
-    """Join the cluster of `ray.address` or RAY_ADDRESS, else start one on this machine."""
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    own: dict[str, Any] = {} if address else {
-        "object_store_memory": int(config.ray.object_store_gib * 2**30),
-        "include_dashboard": False,
-    }  # fmt: skip
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after ray.shutdown must fail, not start another cluster
-    # "local": with None Ray would join whatever cluster it finds on this machine, somebody else's too.
-    ray.init(address=address or "local", namespace=f"rlkd-{config.name}", log_to_driver=False, **own)
+    """As workers.cluster.join, with what the recipe says."""
+    cluster.join(f"rlkd-{config.name}", config.ray.address, int(config.ray.object_store_gib * 2**30))
 
 
 @dataclass

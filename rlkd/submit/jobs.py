@@ -12,11 +12,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from rlkd.core.errors import ConfigError, PreflightError, nearest
 from rlkd.workers.aside import asked
+from rlkd.workers.cluster import token
 
 ANSWER_S = 10.0  # for one answer of the dashboard
 UPLOAD_S = 120.0  # for the package
@@ -213,22 +213,9 @@ def headers() -> dict[str, str]:
     """Those of RAY_JOB_HEADERS, as `ray job` reads them, and the cluster's token where one is known here: Ray's own
     client sends it only where RAY_AUTH_MODE says so, while clusters ask for it where there is one (Ray 2.60)."""
     said: dict[str, str] = json.loads(os.environ.get("RAY_JOB_HEADERS") or "{}")
-    token = _token()
+    known = token()
     named = {name.lower() for name in said}
-    return said if token is None or "authorization" in named else {**said, "Authorization": f"Bearer {token}"}
-
-
-def _token() -> str | None:
-    """From where Ray looks for it, in its order."""
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-        return None
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
+    return said if known is None or "authorization" in named else {**said, "Authorization": f"Bearer {known}"}
 
 
 def no_token(error: Exception, where: str) -> PreflightError:

@@ -1,0 +1,105 @@
+"""Where a run finds its Ray cluster, and what it says if there is none."""
+
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from rlkd.core.errors import PreflightError
+from rlkd.workers import cluster
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """What ray.init is asked; no token in the home."""
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")  # so that what the code sets is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nowhere")
+    return calls
+
+
+@pytest.fixture
+def head() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def join(address: str | None) -> None:
+    cluster.join("rlkd-x", address, 1 << 20)
+
+
+def test_without_an_address_a_cluster_of_its_own(asked: list[dict[str, object]]) -> None:
+    join(None)
+    (call,) = asked
+    assert (call["address"], call["object_store_memory"], call["namespace"]) == ("local", 1 << 20, "rlkd-x")
+
+
+def test_the_recipe_comes_before_the_environment(
+    asked: list[dict[str, object]], head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    join(head)
+    assert [call["address"] for call in asked] == [head]
+    assert "object_store_memory" not in asked[0]
+    join("auto")
+    assert asked[1]["address"] == "auto"
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_known_token_is_sent_to_a_cluster(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    join(head)
+    assert "RAY_AUTH_MODE" not in cluster.os.environ
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "s" * 8)
+    join(None)
+    assert "RAY_AUTH_MODE" not in cluster.os.environ
+    join(head)
+    assert cluster.os.environ["RAY_AUTH_MODE"] == "token"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    join(head)
+    assert cluster.os.environ["RAY_AUTH_MODE"] == "disabled"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:6379", "127.0.0.1:x", "127.0.0.1:99999999"])
+def test_nobody_there_is_said_within_seconds(asked: list[dict[str, object]], address: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(PreflightError, match="RLKD-E191") as caught:
+        join(address)
+    assert time.monotonic() - start < cluster.REACHED_S + 5
+    (problem,) = caught.value.problems
+    assert f"ray.address={address}" in problem.what
+    assert "6379" in problem.fix
+    assert not asked
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_dashboards_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(PreflightError, match="RAY_ADDRESS=http://head:8265") as caught:
+        join(None)
+    assert "rlkd submit" in caught.value.problems[0].fix
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_cluster_that_asks_for_a_token(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise ConnectionError("no") from ray.exceptions.AuthenticationError("who are you?")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(PreflightError, match="asks for a token") as caught:
+        join(head)
+    assert "RAY_AUTH_TOKEN" in caught.value.problems[0].fix
+
+
+@pytest.mark.usefixtures("asked")
+def test_other_failures_of_ones_own_cluster_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        join(None)
