@@ -18,11 +18,12 @@ from rlkd.plan.saving import Grace
 from rlkd.plan.saving import grace as grace_of
 from rlkd.plan.shape import shape_of
 from rlkd.render import platforms
-from rlkd.render.job import Job, added, check_storage
+from rlkd.render.job import Job, added, check_storage, on_nodes
 from rlkd.render.nodes import Layout, Machine, Needs, Packed, by_kind, packed
 from rlkd.render.settings import Settings
 from rlkd.report import secrets
 from rlkd.report.files import replace_file
+from rlkd.submit.package import models
 from rlkd.teachers import workers_of
 from rlkd.workers.placement import bundles
 
@@ -127,7 +128,8 @@ def _job(
                 fix="name its environment variable in the recipe (key_env, ${oc.env:NAME}), and give the nodes that",
             )
     directory = None if platform == "docker" else settings.shared
-    return Job(config.name, recipe, tuple(words), directory, grace_s, node.gpus > 0, version("ray"), by)
+    named = tuple(on_nodes({**models(config), "report.directory": config.report.directory}, directory))
+    return Job(config.name, recipe, tuple(words), directory, grace_s, node.gpus > 0, version("ray"), by, named)
 
 
 def _files(

@@ -3,7 +3,9 @@
 import asyncio
 import math
 from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -19,7 +21,7 @@ from rlkd.core.batch import Shares, pack
 from rlkd.core.errors import DivergedError, LearnerLost
 from rlkd.core.ports import Learner, PolicyOutput, WeightRef
 from rlkd.core.types import Origin
-from rlkd.engines.deepspeed import _diagnosed, _layer
+from rlkd.engines.deepspeed import Rank, _diagnosed, _layer
 from rlkd.engines.optimizer import GuardedAdamW, decayed, learning_rate
 from rlkd.workers import learner
 from rlkd.workers.learner import LearnerGroup, LearnerRank
@@ -148,6 +150,21 @@ def test_layers_are_gathered_together() -> None:
         "lm_head.weight",
     ]
     assert [_layer(n) for n in names] == [names[0], "model.layers.3", "model.layers.3", names[3]]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_keeps_copies_of_the_gathered_weights(rank: int, tmp_path: Path) -> None:
+    """Eight ranks of a node with a copy each of a 32B model are 488 GiB: the node would kill them at the first save."""
+    asked = Mock(**{"cpu.return_value.clone.return_value": torch.ones(1)})
+    one = object.__new__(Rank)
+    one.rank, one.stage, one.policy, one.options = rank, 3, Mock(), Mock()
+    one.options.model.path = str(tmp_path)
+    gathered = iter([("a", asked), ("b", asked)])
+    one.weights = lambda: gathered  # type: ignore[method-assign]
+    one.export(str(tmp_path / "hf"))
+    assert list(gathered) == []  # all ranks take part in the gathering
+    assert asked.cpu.call_count == (2 if rank == 0 else 0)
+    assert one.policy.model.save_pretrained.called == (rank == 0)
 
 
 # --- metrics

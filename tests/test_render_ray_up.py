@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from tests.render_help import CLUSTER
+from rlkd import cli
+from tests.render_help import CLUSTER, DEMO, place
 
 FILES = sorted(CLUSTER.glob("*/ray-up/*.yaml"))
 
@@ -60,3 +62,18 @@ def test_what_is_wrong_is_found(old: str, new: str, says: str) -> None:
     assert old in text
     with pytest.raises(Exception, match=says):
         prepared(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(("platform", "file"), [("ray-up", "aws.yaml"), ("kuberay --claim c", "raycluster.yaml")])
+def test_the_printed_command_is_the_same_run(
+    platform: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rlkd submit` takes relative paths from where it is called, which is not the shared folder."""
+    place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = f"{DEMO} schedule.steps=9 report.directory=/s/here --for {platform} --shared /s --out made"
+    result = CliRunner().invoke(cli.app, ["render", *words.split()])
+    assert result.exit_code == 0, result.output
+    (line,) = [x for x in Path("made", file).read_text().splitlines() if x.startswith("# rlkd submit")]
+    assert line.startswith(f"# rlkd submit {DEMO} schedule.steps=9 report.directory=/s/here ray.wait_s=1800 ")
+    assert " model.path=/s/models/tiny --ray http://" in line

@@ -236,10 +236,12 @@ class Rank:
 
     def export(self, folder: str) -> None:
         """A Hugging Face folder: config, safetensors, and every other file of the start (tokenizer, chat template)."""
+        if self.rank != 0:
+            for _ in self.weights():  # gathered by all ranks together, kept by the first: a copy each fills a node
+                pass
+            return
         gathered = self.stage == 3  # and let go of again: what shall stay is copied
         state = {name: w.cpu().clone() if gathered else w for name, w in self.weights()}
-        if self.rank != 0:
-            return
         self.policy.model.save_pretrained(folder, state_dict=state)
         for file in Path(self.options.model.path).iterdir():
             if file.is_file() and not _made_by_save(file.name) and not (Path(folder) / file.name).exists():

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -25,11 +25,16 @@ class Job:
     gpu: bool
     ray_version: str
     rendered_by: str  # the command, for the files' first lines
+    on_nodes: tuple[str, ...] = ()  # overrides for `rlkd submit`, which would take the paths of where it is called
 
     @property
     def command(self) -> str:
         """The shell command of the run."""
         return shlex.join(["rlkd", "train", self.recipe, *self.overrides])
+
+    def submit(self, address: str) -> str:
+        """The same run on a cluster that is there, from anywhere."""
+        return shlex.join(["rlkd", "submit", self.recipe, *self.overrides, *self.on_nodes, "--ray", address])
 
     @property
     def label(self) -> str:
@@ -49,6 +54,12 @@ def added(config: Config, platform: str, grace_s: int, wait_s: int) -> list[str]
     if platform != "docker" and config.ray.wait_s == RayConfig().wait_s:
         more.append(f"ray.wait_s={wait_s}")  # nodes come one after the other
     return more
+
+
+def on_nodes(paths: Mapping[str, str], shared: str | None) -> list[str]:
+    """What the recipe names relative to the shared folder, by its name on the nodes."""
+    relative = {key: path for key, path in paths.items() if not path.startswith(("/", "~"))}
+    return [] if shared is None else [f"{key}={PurePosixPath(shared) / path}" for key, path in relative.items()]
 
 
 def check_storage(configs: Sequence[Config], platform: str, settings: Settings, learner_apart: bool) -> None:
