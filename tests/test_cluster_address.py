@@ -3,9 +3,11 @@
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
+from ray._private import services
 
 from rlkd.core.errors import PreflightError
 from rlkd.workers import cluster
@@ -93,6 +95,22 @@ def test_a_cluster_that_asks_for_a_token(head: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(PreflightError, match="asks for a token") as caught:
         join(head)
     assert "RAY_AUTH_TOKEN" in caught.value.problems[0].fix
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_cluster_whose_nodes_are_elsewhere(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words are Ray's own (_private/services.py): they say nothing of what to do."""
+    words = "No node info found matching attributes: '' when trying to resolve node to connect to."
+
+    def refuse(**_: object) -> None:
+        raise ConnectionError("no") from RuntimeError(words)
+
+    assert words[-38:] in Path(services.__file__).read_text()
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(PreflightError, match="no Ray node runs on this machine") as caught:
+        join(head)
+    assert f"ray start --address={head}" in caught.value.problems[0].fix
+    assert "rlkd submit" in caught.value.problems[0].fix
 
 
 @pytest.mark.usefixtures("asked")

@@ -68,6 +68,9 @@ def _refused(address: str, key: str, error: Exception) -> PreflightError:
     causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
     said = " ".join(str(causes[-1]).split())
     fix = FIX
+    if "resolve node to connect to" in said:
+        said = "no Ray node runs on this machine, and a driver must be on one"
+        fix = f"`ray start --address={address}` on this machine first; or {SUBMIT}"
     if any(isinstance(cause, ray.exceptions.AuthenticationError) for cause in causes):
         said = "it asks for a token, and this is not it" if token() is not None else "it asks for a token"
         fix = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's: ~/.ray/auth_token on its head node"
