@@ -1,5 +1,6 @@
 """Where a run finds its Ray cluster, and what it says if there is none."""
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
         monkeypatch.setenv(name, "")  # so that what the code sets is taken back
         monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nowhere")
+    monkeypatch.setattr(cluster, "_asks_for_token", lambda _: False)
     return calls
 
 
@@ -53,17 +55,34 @@ def test_the_recipe_comes_before_the_environment(
 
 
 @pytest.mark.usefixtures("asked")
-def test_a_known_token_is_sent_to_a_cluster(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    join(head)
-    assert "RAY_AUTH_MODE" not in cluster.os.environ
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_token_is_sent_to_a_cluster_that_asks(head: str, monkeypatch: pytest.MonkeyPatch, asks: bool) -> None:
+    """And to no other: a driver that sends one refuses the answers of workers that send none."""
+    monkeypatch.setattr(cluster, "_asks_for_token", lambda _: asks)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "s" * 8)
     join(None)
-    assert "RAY_AUTH_MODE" not in cluster.os.environ
+    assert "RAY_AUTH_MODE" not in os.environ
+    sent: list[bool] = []
+    monkeypatch.setattr(cluster, "_send_token", lambda: sent.append(True))
     join(head)
-    assert cluster.os.environ["RAY_AUTH_MODE"] == "token"
+    assert sent == ([True] if asks else [])
+
+
+@pytest.mark.usefixtures("asked")
+def test_what_the_user_says_of_tokens_stays(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_asks_for_token", lambda _: True)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "s" * 8)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     join(head)
-    assert cluster.os.environ["RAY_AUTH_MODE"] == "disabled"
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+
+
+def test_a_token_that_is_not_known(asked: list[dict[str, object]], head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_asks_for_token", lambda _: True)
+    with pytest.raises(PreflightError, match="it asks for a token") as caught:
+        join(head)
+    assert "RAY_AUTH_TOKEN" in caught.value.problems[0].fix
+    assert not asked
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:6379", "127.0.0.1:x", "127.0.0.1:99999999"])
@@ -87,12 +106,14 @@ def test_a_dashboards_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("asked")
-def test_a_cluster_that_asks_for_a_token(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_is_refused(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
-        raise ConnectionError("no") from ray.exceptions.AuthenticationError("who are you?")
+        raise ConnectionError("no") from RuntimeError("Unauthenticated: RPC error: InvalidAuthToken: missing")
 
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "s" * 8)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(PreflightError, match="asks for a token") as caught:
+    with pytest.raises(PreflightError, match="this is not it") as caught:
         join(head)
     assert "RAY_AUTH_TOKEN" in caught.value.problems[0].fix
 

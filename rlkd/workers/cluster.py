@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,16 @@ import ray
 from rlkd.core.errors import PreflightError
 
 REACHED_S = 5.0  # for a connection: Ray itself tries for minutes, and says little
+ASKED_S, ASKS = 20.0, 9
+ASK = f"""
+import sys
+from ray.exceptions import AuthenticationError
+from ray._raylet import GcsClient
+try:
+    GcsClient(address=sys.argv[1]).check_alive([b"?" * 28], timeout=5)
+except AuthenticationError:
+    sys.exit({ASKS})
+"""
 FIX = "the head node's HOST:PORT as `ray start --head` prints it (the port is 6379 if not told otherwise)"
 SUBMIT = "from outside the cluster: rlkd submit RECIPE --ray http://HEAD:8265"
 
@@ -26,9 +38,10 @@ def join(namespace: str, address: str | None, object_store_bytes: int) -> None:
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after ray.shutdown must fail, not start another cluster
     if address != "local":
         own = {}
-        _reach(address, key)
-        if token() is not None:  # Ray sends it only if told so; a cluster that asks for none does not mind
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if _reach(address, key) and "RAY_AUTH_MODE" not in os.environ and _asks_for_token(address):
+            if token() is None:
+                raise _refused(address, key, ray.exceptions.AuthenticationError("no token"))
+            _send_token()
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, **own)
     except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
@@ -50,18 +63,36 @@ def token() -> str | None:
         return None
 
 
-def _reach(address: str, key: str) -> None:
-    """PreflightError if nobody listens at HOST:PORT. Other words, `auto` among them, are for Ray."""
+def _asks_for_token(address: str) -> bool:
+    """Asked by a child, for Ray reads once in a process whether to send one. It must not be sent unasked: a driver that
+    sends one wants one of its workers, too. False if unknown: ray.init will tell."""
+    try:
+        done = subprocess.run([sys.executable, "-c", ASK, address], capture_output=True, timeout=ASKED_S, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == ASKS
+
+
+def _send_token() -> None:
+    """As Ray itself does for `auto` alone. It has read RAY_AUTH_MODE before, and reads it again here."""
+    from ray._private.authentication import authentication_token_setup as ray_tokens
+
+    ray_tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def _reach(address: str, key: str) -> bool:
+    """PreflightError if nobody listens at HOST:PORT; False for other words, `auto` among them, which are for Ray."""
     if "://" in address:
         what = f"{key}={address} is where jobs are submitted; a run joins the cluster itself"
         raise PreflightError("RLKD-E191", what, key, f"{FIX}; {SUBMIT}")
     host, colon, port = address.rpartition(":")
     if not colon:
-        return
+        return False
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACHED_S).close()
     except (OSError, ValueError, OverflowError) as error:
         raise _refused(address, key, error) from error
+    return True
 
 
 def _refused(address: str, key: str, error: Exception) -> PreflightError:
@@ -71,7 +102,7 @@ def _refused(address: str, key: str, error: Exception) -> PreflightError:
     if "resolve node to connect to" in said:
         said = "no Ray node runs on this machine, and a driver must be on one"
         fix = f"`ray start --address={address}` on this machine first; or {SUBMIT}"
-    if any(isinstance(cause, ray.exceptions.AuthenticationError) for cause in causes):
+    if isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in said:
         said = "it asks for a token, and this is not it" if token() is not None else "it asks for a token"
         fix = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's: ~/.ray/auth_token on its head node"
     return PreflightError("RLKD-E191", f"cannot join the Ray cluster at {key}={address}: {said}", key, fix)
