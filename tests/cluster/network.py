@@ -64,12 +64,12 @@ class Network:
     def start(self, machine: str, log: Path, **resources: float) -> None:
         """Its raylet, in shared memory and a folder of its own."""
         if machine == self.machines[0]:
-            role = f"--head --port={PORT} --include-dashboard=false"
-        else:
-            role = f"--address={self.head}"
+            role, own = f"--head --port={PORT} --include-dashboard=false", "/tmp/own"
+        else:  # nodes that start at once in one folder take each other's sockets; a driver looks into the head's
+            role, own = f"--address={self.head}", "/tmp/own /tmp/ray"
         options = ",".join(f'"{k}": {v}' for k, v in resources.items())
         command = (
-            "mount -t tmpfs tmpfs /dev/shm && mkdir -p /tmp/own && mount -t tmpfs tmpfs /tmp/own && "
+            f"for at in /dev/shm {own}; do mkdir -p $at && mount -t tmpfs tmpfs $at || exit 1; done; "
             f"exec {BIN}/ray start {role} --node-ip-address={self.address(machine)} --num-cpus=1 --block "
             f"--object-store-memory={80 * 2**20} --disable-usage-stats --resources='{{{options}}}'"
         )
