@@ -280,7 +280,7 @@ def test_only_the_run_s_own_learner_makes_nodes_essential(monkeypatch: pytest.Mo
     }
     context = SimpleNamespace(get_job_id=lambda: "01000000", get_node_id=lambda: "driver")
     monkeypatch.setattr("ray.get_runtime_context", lambda: context)
-    monkeypatch.setattr("ray._private.state.actors", lambda job_id: rows)
+    monkeypatch.setattr("ray._private.state.actors", lambda **_: rows)
     learner = SimpleNamespace(actors=(Actor(0), Actor(2), Actor(3)))
     assert essential_nodes(learner) == {"driver", "mine"}
     learner.actors = (Actor(1),)  # it was rebuilt elsewhere

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.exceptions import RayActorError
 from ray.tune import PlacementGroupFactory
 from ray.tune.result import SHOULD_CHECKPOINT
 
@@ -25,6 +26,7 @@ from rlkd.core.errors import (
     DataError,
     DivergedError,
     InfrastructureError,
+    NodesGone,
     PreflightError,
     Stopped,
 )
@@ -32,7 +34,7 @@ from rlkd.core.stop import StopRequest
 from rlkd.report.files import replace_file
 from rlkd.store.store import Store
 from rlkd.sweep import follow, record, resources, search, stopping, table
-from rlkd.sweep.follow import Following, before, recorded
+from rlkd.sweep.follow import Following, before, recorded, steps_saved
 from rlkd.sweep.fork import Origin, forked
 from rlkd.sweep.page import page
 from rlkd.sweep.spec import Spec
@@ -115,20 +117,32 @@ def test_a_damaged_checkpoint_is_not_copied(tmp_path: Path) -> None:
 class FakeRun:
     """In the place of staged.train: tells these evaluations, then waits, ends, or fails."""
 
-    def __init__(self, told: Sequence[int] = (), error: BaseException | None = None, waits: bool = False) -> None:
-        self.told, self.error, self.waits = told, error, waits
+    def __init__(
+        self,
+        told: Sequence[int] = (),
+        error: BaseException | None = None,
+        waits: bool = False,
+        saves: int | None = None,
+        asked: StopRequest | None = None,
+    ) -> None:
+        """`saves`: a checkpoint of this step; `asked`: somebody asks it to stop, when it has told everything."""
+        self.told, self.error, self.waits, self.saves, self.asked = told, error, waits, saves, asked
         self.calls: list[tuple[str, list[Stage]]] = []
 
     def __call__(self, stages: list[Stage], recipe: Path, resume: str, watch: Watch) -> int:
         self.calls.append((resume, stages))
         for step in self.told:
             watch.evaluated(stages[0].config, step, {METRIC: step / 100})
+        if self.saves is not None:
+            run_with(Path(stages[0].config.report.directory) / stages[0].config.name, self.saves)
+        if self.asked is not None:
+            watch.stop.ask(self.asked)
         while self.waits and not watch.stop.is_set():
             time.sleep(0.01)
-        if watch.stop.is_set():
-            raise Stopped(RESUBMIT, "saved")
         if self.error is not None:
             raise self.error
+        if watch.stop.is_set():
+            raise Stopped(RESUBMIT, "saved")
         return 0
 
 
@@ -286,6 +300,74 @@ def test_what_the_machines_did_is_raised_so_that_tune_tries_again(
     assert one.step()["step"] == 5
     with pytest.raises(type(error)):
         one.step()
+
+
+DRAIN = StopRequest("drain", "node abc is taken away in 30 s")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"asked": DRAIN},
+        {"asked": StopRequest("deadline", "preempt.must_end_by")},
+        {
+            "asked": DRAIN,
+            "error": InfrastructureError("RLKD-I003", "the run lost a worker"),
+        },  # before the save was done
+        {"error": NodesGone("RLKD-I613", "too few workers")},
+    ],
+)
+def test_a_trial_whose_machine_goes_is_not_charged(
+    tmp_path: Path, fake: Callable[..., FakeRun], monkeypatch: pytest.MonkeyPatch, end: dict[str, Any]
+) -> None:
+    """It saved, ends at once, and Tune takes it for preempted; only the whole sweep's stop is waited for."""
+    monkeypatch.setattr("rlkd.sweep.trial.time.sleep", lambda _: pytest.fail("it idles"))
+    fake([5], saves=7, **end)
+    one = trial(tmp_path)
+    one.step()
+    with pytest.raises(RayActorError, match=r"its machine goes away: [^\n]+$") as raised:
+        one.step()
+    assert charged(raised.value) == 0
+
+
+def test_a_trial_that_saves_nothing_before_its_machine_goes_is_charged(
+    tmp_path: Path, fake: Callable[..., FakeRun]
+) -> None:
+    """Else one that always lands on such a machine would begin for ever."""
+    fake([5], asked=DRAIN)
+    one = trial(tmp_path)
+    run_with(one.root, 7)  # of an earlier attempt
+    one.origin = Origin(one.root, 5)
+    one.step()
+    with pytest.raises(Stopped) as raised:
+        one.step()
+    assert charged(raised.value) == 1
+
+
+def charged(error: Exception) -> int:
+    """Failures that Ray Tune counts when a trial's method raises this in its actor."""
+    import pickle
+
+    from ray.exceptions import RayTaskError
+    from ray.tune.experiment import Trial as OfTuneItself
+
+    sent = pickle.loads(pickle.dumps(RayTaskError("step", "Traceback", error, "x", 1, "127.0.0.1")))
+    told = SimpleNamespace(run_metadata=SimpleNamespace(num_failures=0, invalidate_cache=lambda: None))
+    told.is_restoring, told.local_path = False, None
+    told._handle_ray_actor_error = lambda e: OfTuneItself._handle_ray_actor_error(told, e)
+    told._handle_ray_task_error = lambda e: OfTuneItself._handle_ray_task_error(told, e)
+    OfTuneItself.handle_error(told, sent.as_instanceof_cause())
+    return int(told.run_metadata.num_failures)
+
+
+def test_steps_saved_count_on_through_the_stages(tmp_path: Path) -> None:
+    stages = load(recipe(tmp_path, stages=[{"name": "a"}, {"name": "b"}]), EVERY)
+    assert steps_saved(stages, tmp_path / "x") == 0
+    run_with(tmp_path / "x/1-a", 10, 20)
+    assert steps_saved(stages, tmp_path / "x") == 20
+    run_with(tmp_path / "x/2-b", 5)
+    assert steps_saved(stages, tmp_path / "x") == 25
+    assert steps_saved(load(recipe(tmp_path), EVERY), tmp_path / "x/1-a") == 20
 
 
 def test_tune_s_stop_is_a_clean_one(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:

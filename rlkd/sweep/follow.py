@@ -36,6 +36,7 @@ class Following:
         self.stop = Stop()
         self._recipe, self._resume = recipe, resume
         self._heard: queue.SimpleQueue[Heard] = queue.SimpleQueue()
+        self._began = steps_saved(stages, folder)
         self._thread = threading.Thread(target=self._run, name="run", daemon=True)
         self.error: BaseException | None = None
         self._thread.start()
@@ -64,6 +65,10 @@ class Following:
         while self.running and time.monotonic() < until and max(exported.checkpoints(self.folder), default=-1) < step:
             time.sleep(LOOK_S)
 
+    def gained(self) -> bool:
+        """Whether more is saved than when it began."""
+        return steps_saved(self.stages, self.folder) > self._began
+
     def _run(self) -> None:
         watch = Watch(self.stop, self._evaluated)
         try:
@@ -83,6 +88,12 @@ def before(stages: Sequence[Stage], folder: str) -> int:
             return done
         done += stage.config.schedule.steps
     raise ValueError(f"{folder} is no stage of this run")
+
+
+def steps_saved(stages: Sequence[Stage], root: Path) -> int:
+    """Optimizer steps that the checkpoints of a run, or of all its stages, have behind them."""
+    folders = [root / f"{n}-{s.name}" for n, s in enumerate(stages, 1)] if stages[0].name else [root]
+    return sum(max(exported.checkpoints(folder), default=0) for folder in folders)
 
 
 def recorded(stages: Sequence[Stage], root: Path) -> Heard | None:

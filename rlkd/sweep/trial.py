@@ -16,11 +16,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow.fs
+from ray.exceptions import RayActorError
 from ray.tune import PlacementGroupFactory, Trainable
 from ray.tune.result import SHOULD_CHECKPOINT
 
 from rlkd.config.stages import Stage, load
-from rlkd.core.errors import DATA, DIVERGED, PREFLIGHT, USAGE, ConfigError, RlkdError
+from rlkd.core.errors import (
+    DATA,
+    DIVERGED,
+    PREFLIGHT,
+    USAGE,
+    ConfigError,
+    InfrastructureError,
+    NodesGone,
+    RlkdError,
+    Stopped,
+)
 from rlkd.core.stop import StopRequest
 from rlkd.export import checkpoints
 from rlkd.report import secrets
@@ -185,8 +196,10 @@ class Trial(Trainable):
         """What the end of the run means for Tune."""
         if run.error is None:
             return {**self.told, "done": True, WHOLE: True}
-        if run.stop.is_set():  # the whole sweep stops: this process is ended by its driver
+        if run.stop.is_set() and self._sweep_stops():  # this process is ended by its driver
             time.sleep(END_S)
+        if _machine_goes(run) and run.gained():  # else it counts: what comes to nothing must not be tried for ever
+            raise RayActorError(error_msg=f"its machine goes away: {_cause(run.error)}", preempted=True) from run.error
         if isinstance(run.error, RlkdError):
             return self._failed(run.error)
         raise run.error
@@ -195,12 +208,28 @@ class Trial(Trainable):
         """A trial whose settings do not work has a result too; what the machines did is tried again by Tune."""
         if error.exit_code not in FOR_GOOD or any(p.code == FOLDER_TAKEN for p in error.problems):
             raise error
-        cause = "; ".join(f"{p.code}: {p.what}" for p in error.problems)
-        return {**self.told, "done": True, "failed": secrets.without(cause), SHOULD_CHECKPOINT: False}
+        return {**self.told, "done": True, "failed": _cause(error), SHOULD_CHECKPOINT: False}
 
     def _look_for_stop(self, run: Following) -> None:
-        if not run.stop.is_set() and (self.root.parent.parent / STOP).exists():
+        if not run.stop.is_set() and self._sweep_stops():
             run.stop.ask(StopRequest("user", "the sweep was asked to stop"))
+
+    def _sweep_stops(self) -> bool:
+        return (self.root.parent.parent / STOP).exists()
+
+
+def _machine_goes(run: Following) -> bool:
+    """Whether the run ended because a node that it needs is taken away, or its time there is up. Ray Tune does not
+    count a trial's actor that was preempted as a failure, and this is one that saved before."""
+    asked = run.stop.is_set() and isinstance(run.error, InfrastructureError)  # it was gone before the save was done
+    return asked or isinstance(run.error, Stopped | NodesGone)
+
+
+def _cause(error: BaseException) -> str:
+    """In a line."""
+    if isinstance(error, RlkdError):
+        return secrets.without("; ".join(f"{p.code}: {p.what}" for p in error.problems))
+    return secrets.without(error.message if isinstance(error, Stopped) else f"{type(error).__name__}: {error}")
 
 
 def _note(root: Path) -> Path:
