@@ -127,7 +127,7 @@ async def _train(
 ) -> int:
     for text in start.told:
         report.event("resume", text)
-    stop, saves = attempt.stop, checkpoints(config, attempt.directory, report.event)
+    stop, saves = attempt.stop, checkpoints(config, attempt.directory, report.event, attempt.number)
     saves.accept, saves.promised = start.accept, saved_before(attempt.directory)
     saves.aside = lambda step: attempts.set_aside(attempt.directory, step, attempt.number)
     saves.facts = {**saves.facts, "fingerprint": {k: v for k, v in start.fingerprint.items() if k != "settings"}}

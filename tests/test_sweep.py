@@ -1,5 +1,6 @@
 """A sweep's parts without Ray: forks, following a run, what a trial tells Tune, tables, pages, the folder."""
 
+import asyncio
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from ray.exceptions import RayActorError
 from ray.tune import PlacementGroupFactory
 from ray.tune.result import SHOULD_CHECKPOINT
 
-from rlkd import staged
+from rlkd import job, staged
 from rlkd.config.stages import Stage, load
 from rlkd.core.errors import (
     RESUBMIT,
@@ -464,6 +465,84 @@ def test_another_trial_s_checkpoint_makes_a_fork(tmp_path: Path, fake: Callable[
     assert json.loads((one.root / "run.json").read_text())["lineage"][0]["from"] == str(donor)
 
 
+@pytest.mark.parametrize("held_by", [lambda run: lease(run), lambda run: elsewhere(run, 0.0)], ids=["here", "there"])
+def test_a_copy_waits_for_the_process_that_still_saves(
+    tmp_path: Path, fake: Callable[..., FakeRun], monkeypatch: pytest.MonkeyPatch, held_by: Callable[[Path], None]
+) -> None:
+    """Tune starts a copy while the process that it stops is saving: what that one commits must not be gone on with."""
+    monkeypatch.setattr(follow, "LOOK_FAR_S", 0.05)
+    run, one = fake([20]), trial(tmp_path, copies=True)
+    held_by(one.root)
+    run_with(one.root, 5, 10)
+    one.origin = Origin(run_with(tmp_path / "sweep/runs/trial-001", 10), 10)
+
+    def saves_and_ends() -> None:
+        saved(Store(one.root / "checkpoints"), 30, attempt=1)
+        (one.root / ".lease").unlink()
+
+    threading.Timer(0.5, saves_and_ends).start()
+    assert one.step()["step"] == 20
+    assert run.calls[0][0] == "10"
+    assert Store(one.root / "checkpoints").there() == [10]
+
+
+def test_no_copy_is_made_in_a_folder_that_somebody_holds(
+    tmp_path: Path, fake: Callable[..., FakeRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was waited for in vain: it is tried again by Tune, and the folder is as it was."""
+    monkeypatch.setattr("rlkd.sweep.trial.wait_for_the_other", lambda *_: None)
+    run, one = fake([20]), trial(tmp_path, copies=True)
+    lease(one.root)
+    run_with(one.root, 5, 15)
+    one.origin = Origin(run_with(tmp_path / "sweep/runs/trial-001", 10), 10)
+    with pytest.raises(PreflightError, match="another process works in this folder"):
+        one.step()
+    assert run.calls == []
+    assert Store(one.root / "checkpoints").there() == [5, 15]
+    assert "lineage" not in json.loads((one.root / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("later", "resume"),
+    [
+        ({}, "10"),
+        ({30: 1}, "10"),  # of the attempt before the copy: the trial's own old weights
+        ({25: 2}, "auto"),
+        ({25: 2, 30: 1}, "25"),
+        ({25: 1, 30: 2}, "auto"),
+    ],
+)
+def test_a_copy_goes_on_from_what_it_saved_itself(
+    tmp_path: Path, fake: Callable[..., FakeRun], later: dict[int, int], resume: str
+) -> None:
+    """Started again after a failure: a later checkpoint is its own if an attempt after the copy wrote it."""
+    run, one = fake([20]), trial(tmp_path, copies=True)
+    run_with(one.root, 5)
+    one.origin = Origin(run_with(tmp_path / "sweep/runs/trial-001", 10), 10)
+    assert forked(one.origin, one.root, one.given) == 10
+    for step, attempt in later.items():
+        saved(Store(one.root / "checkpoints"), step, attempt=attempt)
+    one.step()
+    assert run.calls[0][0] == resume
+    assert len(json.loads((one.root / "run.json").read_text())["lineage"]) == 1
+
+
+def test_a_copy_that_was_pruned_by_who_came_before_is_made_again(tmp_path: Path) -> None:
+    donor, own = run_with(tmp_path / "donor", 10), run_with(tmp_path / "own", 5)
+    forked(Origin(donor, 10), own, {})
+    saved(Store(own / "checkpoints"), 30, attempt=1)
+    Store(own / "checkpoints").drop(10)
+    assert forked(Origin(donor, 10), own, {}) == 10
+    assert Store(own / "checkpoints").there() == [10]
+
+
+def test_checkpoints_say_which_attempt_wrote_them(tmp_path: Path) -> None:
+    async def facts() -> Any:
+        return job.checkpoints(load(recipe(tmp_path))[0].config, tmp_path, lambda *_, **__: None, 3).facts
+
+    assert asyncio.run(facts())["attempt"] == 3
+
+
 def test_values_are_kept_within_their_distribution_and_sections_are_joined() -> None:
     plan = Plan("r", (), "", specs={"learner.lr": Spec("uniform", (1, 2))})
     assert plan.values({"learner": {"lr": 7.0}, "seed": 3}) == {"learner.lr": 2.0, "seed": 3}
@@ -748,7 +827,7 @@ def lease(run: Path) -> None:
 
     from rlkd.lease import Holder
 
-    run.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=True)
     (run / ".lease").write_text(json.dumps(asdict(Holder.me())))
 
 
@@ -788,13 +867,32 @@ def test_it_does_not_wait_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         interrupted(tmp_path, signal.SIGINT)
 
 
-def test_a_dead_process_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lease(tmp_path / "trial-000")
-    monkeypatch.setattr(follow, "DEAD_S", 0.2)
-    threading.Timer(0.3, (tmp_path / "trial-000/.lease").unlink).start()
-    follow.wait_for_the_dead(tmp_path / "trial-000", 5.0)
-    assert not (tmp_path / "trial-000/.lease").exists()
-    follow.wait_for_the_dead(tmp_path / "none", 5.0)
+def elsewhere(run: Path, age: float) -> None:
+    """Held by another machine's process, whose last heartbeat is so old."""
+    lease(run)
+    path = run / ".lease"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "boot": "another boot", "host": "node-7"}))
+    os.utime(path, (time.time() - age, time.time() - age))
+
+
+def test_who_held_a_trial_s_folder_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is alive, or may be: of another machine that is known when its heartbeat has stood still."""
+    monkeypatch.setattr(follow, "LOOK_FAR_S", 0.05)
+
+    def waited(run: Path, most: float = 5.0) -> float:
+        began = time.monotonic()
+        follow.wait_for_the_other(run, 1.0, most)
+        return time.monotonic() - began
+
+    assert waited(tmp_path / "none") < 0.1
+    elsewhere(tmp_path / "stale", 1.5)
+    assert waited(tmp_path / "stale") < 0.1
+    elsewhere(tmp_path / "fresh", 0.5)
+    assert 0.3 < waited(tmp_path / "fresh") < 2.0
+    lease(tmp_path / "here")
+    assert 0.3 <= waited(tmp_path / "here", 0.3) < 2.0
+    threading.Timer(0.3, (tmp_path / "here/.lease").unlink).start()
+    assert 0.2 < waited(tmp_path / "here") < 2.0
 
 
 # --- the command line

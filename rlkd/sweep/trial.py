@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError
 from ray.tune import PlacementGroupFactory, Trainable
 from ray.tune.result import SHOULD_CHECKPOINT
 
+from rlkd.attempt import lost
 from rlkd.config.stages import Stage, load
 from rlkd.core.errors import (
     DATA,
@@ -34,11 +35,12 @@ from rlkd.core.errors import (
 )
 from rlkd.core.stop import StopRequest
 from rlkd.export import checkpoints
+from rlkd.lease import held
 from rlkd.report import secrets
 from rlkd.report.files import as_json, plain, replace_file
 from rlkd.sweep import resources
-from rlkd.sweep.follow import Following, Heard, recorded, wait_for_the_dead
-from rlkd.sweep.fork import Origin, forked
+from rlkd.sweep.follow import Following, Heard, recorded, wait_for_the_other
+from rlkd.sweep.fork import Origin, forked, since
 from rlkd.sweep.spec import Spec, overrides
 
 REFERENCE = "rlkd.json"
@@ -148,14 +150,17 @@ class Trial(Trainable):
     def _begin(self) -> Heard | None:
         """Start the run, or go on with it; an evaluation that Tune was not told of before the process was killed."""
         stages, values = self._stages(), plain(self.plan.values(self.given))
-        wait_for_the_dead(self.root)
+        lease_s = stages[0].config.preempt.lease_s
+        wait_for_the_other(self.root, lease_s, END_S + lease_s)
         if self.origin is None:
             _move_other(self.root, values)
         replace_file(_note(self.root), as_json(values) + "\n")
         resume, old = "auto", None
         if self.origin is not None and self.origin.run != self.root:
-            step = forked(self.origin, self.root, values)
-            resume, self.told = self._resume(step), {**self.told, "step": step}  # the same weights, the same metrics
+            with held(self.root, lease_s, lambda text: print(f"{self.root}: {text}", file=sys.stderr), lost):
+                step = forked(self.origin, self.root, values)
+                resume = self._resume(step)
+            self.told = {**self.told, "step": step}  # the same weights, the same metrics
         elif (found := recorded(stages, self.root)) is not None and (
             self.origin is None or found.step > self.origin.step
         ):
@@ -174,8 +179,11 @@ class Trial(Trainable):
         return self.plan.stages(self.given, [*own, *more]) if more else stages
 
     def _resume(self, step: int) -> str:
-        """After a copy: from it, and from none that the remote store has; when it has gone on since, from there."""
-        return str(step) if max(checkpoints(self.root), default=step) == step else "auto"
+        """After a copy: from it, and from none that the remote store has; when it has gone on since, from there. What
+        the process before it committed late is set aside."""
+        own = since(self.root)
+        newest = max(own, default=step)
+        return "auto" if own and newest == max(checkpoints(self.root)) else str(newest)
 
     def _heard(self, run: Following, heard: Heard) -> dict[str, Any]:
         if self.plan.copies and heard.step > 0:
