@@ -29,6 +29,7 @@ from rlkd.core.errors import (
     InfrastructureError,
     NodesGone,
     PreflightError,
+    Problem,
     Stopped,
 )
 from rlkd.core.stop import StopRequest
@@ -247,7 +248,15 @@ def test_an_evaluation_without_the_metric_has_an_unknown_one(tmp_path: Path, fak
     assert math.isnan(trial(tmp_path, metric="eval/other").step()["eval/other"])
 
 
-@pytest.mark.parametrize("error", [DivergedError("RLKD-T001", "no number"), DataError("RLKD-D020", "no signal")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        DivergedError("RLKD-T001", "no number"),
+        DataError("RLKD-D020", "no signal"),
+        PreflightError("RLKD-E142", "cannot be trained here"),
+        ConfigError("RLKD-C010", "no such value"),
+    ],
+)
 def test_a_trial_whose_settings_do_not_work_has_a_result(
     tmp_path: Path, fake: Callable[..., FakeRun], error: Exception
 ) -> None:
@@ -289,6 +298,11 @@ def test_values_that_fit_no_recipe_do_not_end_the_sweep(tmp_path: Path, monkeypa
     [
         InfrastructureError("RLKD-I003", "the run lost a worker"),
         PreflightError("RLKD-E160", "another process works in this folder"),
+        PreflightError("RLKD-E020", "the cluster cannot place this run"),
+        PreflightError("RLKD-E026", "node abc cannot run rlkd"),
+        PreflightError("RLKD-E170", "3 saves in a row failed: no space left on device"),
+        PreflightError.of([Problem("RLKD-E024", "not shared"), Problem("RLKD-E025", "other packages")]),
+        ConfigError("RLKD-C412", "preempt.must_end_by is over"),
         Stopped(RESUBMIT, "the node goes away"),
         RuntimeError("a bug"),
     ],

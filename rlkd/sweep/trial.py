@@ -48,7 +48,14 @@ WHOLE = "whole"  # in a result: the run did its last step (Tune sets `done` when
 STOP = ".stop"  # in the sweep's folder: every trial saves and ends
 END_S = 540.0  # for a save at the end; Tune kills after 600 s
 FOR_GOOD = (USAGE, PREFLIGHT, DATA, DIVERGED)  # the same trial would end so again
-FOLDER_TAKEN = "RLKD-E160"
+OF_MACHINES = {  # whatever the exit code: on another node, or later, the same trial may work
+    "RLKD-C412",  # preempt.must_end_by is over: a later one goes on
+    "RLKD-E020", "RLKD-E021", "RLKD-E603",  # no room; no GPU in the cluster, or none that the process sees
+    "RLKD-E022", "RLKD-E024", "RLKD-E025", "RLKD-E026", "RLKD-E310",  # what a node lacks
+    "RLKD-E160",  # another process still has the folder
+    "RLKD-E170", "RLKD-E602",  # a full disk, full shared memory
+    "RLKD-E191", "RLKD-E711",  # a cluster, a teacher's endpoint that does not answer
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -213,8 +220,9 @@ class Trial(Trainable):
         raise run.error
 
     def _failed(self, error: RlkdError) -> dict[str, Any]:
-        """A trial whose settings do not work has a result too; what the machines did is tried again by Tune."""
-        if error.exit_code not in FOR_GOOD or any(p.code == FOLDER_TAKEN for p in error.problems):
+        """A trial whose settings do not work has a result too; what the machines did is tried again by Tune, so many
+        times (`sweep.failures`); then the trial is lost, and the sweep's command goes on with it."""
+        if error.exit_code not in FOR_GOOD or any(p.code in OF_MACHINES for p in error.problems):
             raise error
         return {**self.told, "done": True, "failed": _cause(error), SHOULD_CHECKPOINT: False}
 
