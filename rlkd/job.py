@@ -25,13 +25,14 @@ from rlkd.train.health import Alarms, Limits, bounds
 PACKAGES = ("rlkd", "torch", "transformers", "deepspeed", "ray", "numpy")
 
 
-def checkpoints(config: Config, directory: Path, tell: Callable[..., None]) -> Checkpoints:
-    """Of the run in `directory`, as the recipe wants them."""
+def checkpoints(config: Config, directory: Path, tell: Callable[..., None], attempt: int) -> Checkpoints:
+    """Of the run in `directory`, as the recipe wants them. Each says which attempt wrote it (sweep/fork.py asks)."""
     c = config.checkpoint
     remote = Remote(f"{c.remote.rstrip('/')}/{config.name}") if c.remote is not None else None
     keep = Keep(c.keep, c.keep_every, c.keep_best)
     store = Store(directory / "checkpoints", keep, _from_any_thread(tell), remote)
-    facts = {"run": config.name, "versions": {name: version(name) for name in PACKAGES}, "topology": topology(config)}
+    versions = {name: version(name) for name in PACKAGES}
+    facts = {"run": config.name, "attempt": attempt, "versions": versions, "topology": topology(config)}
     return Checkpoints(store, c.every, c.between_failures_s, facts)
 
 

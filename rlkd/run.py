@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ async def _train(
 ) -> int:
     for text in start.told:
         report.event("resume", text)
-    stop, saves = attempt.stop, checkpoints(config, attempt.directory, report.event)
+    stop, saves = attempt.stop, checkpoints(config, attempt.directory, report.event, attempt.number)
     saves.accept, saves.promised = start.accept, saved_before(attempt.directory)
     saves.aside = lambda step: attempts.set_aside(attempt.directory, step, attempt.number)
     saves.facts = {**saves.facts, "fingerprint": {k: v for k, v in start.fingerprint.items() if k != "settings"}}
@@ -143,7 +144,7 @@ async def _train(
             config, read, attempt.directory, report.event, attempt=attempt.folder, was_draining=watcher.was_draining
         )
         fleet = await started(stack.enter_async_context(starting), stop, signals)
-        watcher.essential, watcher.on_nodes = essential_nodes, fleet.leave
+        watcher.essential, watcher.on_nodes = partial(essential_nodes, fleet.learner), fleet.leave
         prompts = read.data.train.prompts
         loop = Loop(
             config.schedule,
@@ -237,9 +238,9 @@ def check(config: Config) -> dict[str, Any]:
     return checked(config)
 
 
-def essential_nodes() -> frozenset[str]:
-    """The nodes that a run cannot go on without: the driver's, and where the learner's ranks are."""
-    return frozenset({drain.own_node(), *drain.nodes_of("LearnerRank")})
+def essential_nodes(learner: Any) -> frozenset[str]:
+    """The nodes that this run cannot go on without: the driver's, and where its own learner's ranks are now."""
+    return frozenset({drain.own_node(), *drain.nodes_of(learner.actors)})
 
 
 def _sinks(config: Config, directory: Path, tell: Callable[[str], None]) -> list[Isolated]:

@@ -261,11 +261,15 @@ def test_new_ranks_withdraw_what_the_old_ones_published() -> None:
     made._end = lambda _: order.append("ended")
 
     async def run() -> None:
+        assert made.actors == ()
         await made.start()
+        assert len(made.actors) == 1
         await made.rebuild()
+        made.kill()
+        assert made.actors == ()
 
     asyncio.run(run())
-    assert order == ["withdrawn", "ended", "withdrawn"]
+    assert order == ["withdrawn", "ended", "withdrawn", "ended"]
 
 
 def test_each_rank_gets_its_column_and_shares_add_up() -> None:

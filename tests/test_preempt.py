@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from rlkd.config.schema import PreemptConfig
 from rlkd.core.errors import ConfigError
 from rlkd.core.stop import Stop, StopRequest
 from rlkd.preempt import Watcher, watching
+from rlkd.run import essential_nodes
 
 WALL = 1_800_000_000.0  # Unix time when the tests begin
 
@@ -259,3 +261,30 @@ def test_who_does_not_answer_is_asked_no_second_time_and_not_waited_for(monkeypa
     assert not never.is_set()
     assert len(world.told) == 1
     never.set()
+
+
+class Actor:
+    """A handle."""
+
+    def __init__(self, number: int) -> None:
+        self._actor_id = bytes([number])
+
+
+def test_only_the_run_s_own_learner_makes_nodes_essential(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All trials of a sweep are in one Ray job: the learner of another one may go, and this run goes on."""
+    rows = {
+        f"{number:02x}": {"ActorClassName": "LearnerRank", "State": state, "Address": {"NodeID": node}}
+        for number, (node, state) in enumerate(
+            [("mine", "ALIVE"), ("of-another-trial", "ALIVE"), ("left", "DEAD"), ("", "PENDING_CREATION")]
+        )
+    }
+    context = SimpleNamespace(get_job_id=lambda: "01000000", get_node_id=lambda: "driver")
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+    monkeypatch.setattr("ray._private.state.actors", lambda **_: rows)
+    learner = SimpleNamespace(actors=(Actor(0), Actor(2), Actor(3)))
+    assert essential_nodes(learner) == {"driver", "mine"}
+    learner.actors = (Actor(1),)  # it was rebuilt elsewhere
+    assert essential_nodes(learner) == {"driver", "of-another-trial"}
+    learner.actors = ()  # it is lost: Ray need not be asked
+    monkeypatch.setattr("ray._private.state.actors", None)
+    assert essential_nodes(learner) == {"driver"}

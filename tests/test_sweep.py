@@ -1,5 +1,6 @@
 """A sweep's parts without Ray: forks, following a run, what a trial tells Tune, tables, pages, the folder."""
 
+import asyncio
 import json
 import math
 import os
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.exceptions import RayActorError
 from ray.tune import PlacementGroupFactory
 from ray.tune.result import SHOULD_CHECKPOINT
 
-from rlkd import staged
+from rlkd import job, staged
 from rlkd.config.stages import Stage, load
 from rlkd.core.errors import (
     RESUBMIT,
@@ -25,14 +27,16 @@ from rlkd.core.errors import (
     DataError,
     DivergedError,
     InfrastructureError,
+    NodesGone,
     PreflightError,
+    Problem,
     Stopped,
 )
 from rlkd.core.stop import StopRequest
 from rlkd.report.files import replace_file
 from rlkd.store.store import Store
 from rlkd.sweep import follow, record, resources, search, stopping, table
-from rlkd.sweep.follow import Following, before, recorded
+from rlkd.sweep.follow import Following, before, recorded, steps_saved
 from rlkd.sweep.fork import Origin, forked
 from rlkd.sweep.page import page
 from rlkd.sweep.spec import Spec
@@ -115,20 +119,32 @@ def test_a_damaged_checkpoint_is_not_copied(tmp_path: Path) -> None:
 class FakeRun:
     """In the place of staged.train: tells these evaluations, then waits, ends, or fails."""
 
-    def __init__(self, told: Sequence[int] = (), error: BaseException | None = None, waits: bool = False) -> None:
-        self.told, self.error, self.waits = told, error, waits
+    def __init__(
+        self,
+        told: Sequence[int] = (),
+        error: BaseException | None = None,
+        waits: bool = False,
+        saves: int | None = None,
+        asked: StopRequest | None = None,
+    ) -> None:
+        """`saves`: a checkpoint of this step; `asked`: somebody asks it to stop, when it has told everything."""
+        self.told, self.error, self.waits, self.saves, self.asked = told, error, waits, saves, asked
         self.calls: list[tuple[str, list[Stage]]] = []
 
     def __call__(self, stages: list[Stage], recipe: Path, resume: str, watch: Watch) -> int:
         self.calls.append((resume, stages))
         for step in self.told:
             watch.evaluated(stages[0].config, step, {METRIC: step / 100})
+        if self.saves is not None:
+            run_with(Path(stages[0].config.report.directory) / stages[0].config.name, self.saves)
+        if self.asked is not None:
+            watch.stop.ask(self.asked)
         while self.waits and not watch.stop.is_set():
             time.sleep(0.01)
-        if watch.stop.is_set():
-            raise Stopped(RESUBMIT, "saved")
         if self.error is not None:
             raise self.error
+        if watch.stop.is_set():
+            raise Stopped(RESUBMIT, "saved")
         return 0
 
 
@@ -232,7 +248,15 @@ def test_an_evaluation_without_the_metric_has_an_unknown_one(tmp_path: Path, fak
     assert math.isnan(trial(tmp_path, metric="eval/other").step()["eval/other"])
 
 
-@pytest.mark.parametrize("error", [DivergedError("RLKD-T001", "no number"), DataError("RLKD-D020", "no signal")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        DivergedError("RLKD-T001", "no number"),
+        DataError("RLKD-D020", "no signal"),
+        PreflightError("RLKD-E142", "cannot be trained here"),
+        ConfigError("RLKD-C010", "no such value"),
+    ],
+)
 def test_a_trial_whose_settings_do_not_work_has_a_result(
     tmp_path: Path, fake: Callable[..., FakeRun], error: Exception
 ) -> None:
@@ -274,6 +298,11 @@ def test_values_that_fit_no_recipe_do_not_end_the_sweep(tmp_path: Path, monkeypa
     [
         InfrastructureError("RLKD-I003", "the run lost a worker"),
         PreflightError("RLKD-E160", "another process works in this folder"),
+        PreflightError("RLKD-E020", "the cluster cannot place this run"),
+        PreflightError("RLKD-E026", "node abc cannot run rlkd"),
+        PreflightError("RLKD-E170", "3 saves in a row failed: no space left on device"),
+        PreflightError.of([Problem("RLKD-E024", "not shared"), Problem("RLKD-E025", "other packages")]),
+        ConfigError("RLKD-C412", "preempt.must_end_by is over"),
         Stopped(RESUBMIT, "the node goes away"),
         RuntimeError("a bug"),
     ],
@@ -286,6 +315,74 @@ def test_what_the_machines_did_is_raised_so_that_tune_tries_again(
     assert one.step()["step"] == 5
     with pytest.raises(type(error)):
         one.step()
+
+
+DRAIN = StopRequest("drain", "node abc is taken away in 30 s")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"asked": DRAIN},
+        {"asked": StopRequest("deadline", "preempt.must_end_by")},
+        {
+            "asked": DRAIN,
+            "error": InfrastructureError("RLKD-I003", "the run lost a worker"),
+        },  # before the save was done
+        {"error": NodesGone("RLKD-I613", "too few workers")},
+    ],
+)
+def test_a_trial_whose_machine_goes_is_not_charged(
+    tmp_path: Path, fake: Callable[..., FakeRun], monkeypatch: pytest.MonkeyPatch, end: dict[str, Any]
+) -> None:
+    """It saved, ends at once, and Tune takes it for preempted; only the whole sweep's stop is waited for."""
+    monkeypatch.setattr("rlkd.sweep.trial.time.sleep", lambda _: pytest.fail("it idles"))
+    fake([5], saves=7, **end)
+    one = trial(tmp_path)
+    one.step()
+    with pytest.raises(RayActorError, match=r"its machine goes away: [^\n]+$") as raised:
+        one.step()
+    assert charged(raised.value) == 0
+
+
+def test_a_trial_that_saves_nothing_before_its_machine_goes_is_charged(
+    tmp_path: Path, fake: Callable[..., FakeRun]
+) -> None:
+    """Else one that always lands on such a machine would begin for ever."""
+    fake([5], asked=DRAIN)
+    one = trial(tmp_path)
+    run_with(one.root, 7)  # of an earlier attempt
+    one.origin = Origin(one.root, 5)
+    one.step()
+    with pytest.raises(Stopped) as raised:
+        one.step()
+    assert charged(raised.value) == 1
+
+
+def charged(error: Exception) -> int:
+    """Failures that Ray Tune counts when a trial's method raises this in its actor."""
+    import pickle
+
+    from ray.exceptions import RayTaskError
+    from ray.tune.experiment import Trial as OfTuneItself
+
+    sent = pickle.loads(pickle.dumps(RayTaskError("step", "Traceback", error, "x", 1, "127.0.0.1")))
+    told = SimpleNamespace(run_metadata=SimpleNamespace(num_failures=0, invalidate_cache=lambda: None))
+    told.is_restoring, told.local_path = False, None
+    told._handle_ray_actor_error = lambda e: OfTuneItself._handle_ray_actor_error(told, e)
+    told._handle_ray_task_error = lambda e: OfTuneItself._handle_ray_task_error(told, e)
+    OfTuneItself.handle_error(told, sent.as_instanceof_cause())
+    return int(told.run_metadata.num_failures)
+
+
+def test_steps_saved_count_on_through_the_stages(tmp_path: Path) -> None:
+    stages = load(recipe(tmp_path, stages=[{"name": "a"}, {"name": "b"}]), EVERY)
+    assert steps_saved(stages, tmp_path / "x") == 0
+    run_with(tmp_path / "x/1-a", 10, 20)
+    assert steps_saved(stages, tmp_path / "x") == 20
+    run_with(tmp_path / "x/2-b", 5)
+    assert steps_saved(stages, tmp_path / "x") == 25
+    assert steps_saved(load(recipe(tmp_path), EVERY), tmp_path / "x/1-a") == 20
 
 
 def test_tune_s_stop_is_a_clean_one(tmp_path: Path, fake: Callable[..., FakeRun]) -> None:
@@ -380,6 +477,84 @@ def test_another_trial_s_checkpoint_makes_a_fork(tmp_path: Path, fake: Callable[
     assert resume == "10"
     assert (stages[0].config.checkpoint.every, stages[0].config.checkpoint.keep) == (5, 4)
     assert json.loads((one.root / "run.json").read_text())["lineage"][0]["from"] == str(donor)
+
+
+@pytest.mark.parametrize("held_by", [lambda run: lease(run), lambda run: elsewhere(run, 0.0)], ids=["here", "there"])
+def test_a_copy_waits_for_the_process_that_still_saves(
+    tmp_path: Path, fake: Callable[..., FakeRun], monkeypatch: pytest.MonkeyPatch, held_by: Callable[[Path], None]
+) -> None:
+    """Tune starts a copy while the process that it stops is saving: what that one commits must not be gone on with."""
+    monkeypatch.setattr(follow, "LOOK_FAR_S", 0.05)
+    run, one = fake([20]), trial(tmp_path, copies=True)
+    held_by(one.root)
+    run_with(one.root, 5, 10)
+    one.origin = Origin(run_with(tmp_path / "sweep/runs/trial-001", 10), 10)
+
+    def saves_and_ends() -> None:
+        saved(Store(one.root / "checkpoints"), 30, attempt=1)
+        (one.root / ".lease").unlink()
+
+    threading.Timer(0.5, saves_and_ends).start()
+    assert one.step()["step"] == 20
+    assert run.calls[0][0] == "10"
+    assert Store(one.root / "checkpoints").there() == [10]
+
+
+def test_no_copy_is_made_in_a_folder_that_somebody_holds(
+    tmp_path: Path, fake: Callable[..., FakeRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was waited for in vain: it is tried again by Tune, and the folder is as it was."""
+    monkeypatch.setattr("rlkd.sweep.trial.wait_for_the_other", lambda *_: None)
+    run, one = fake([20]), trial(tmp_path, copies=True)
+    lease(one.root)
+    run_with(one.root, 5, 15)
+    one.origin = Origin(run_with(tmp_path / "sweep/runs/trial-001", 10), 10)
+    with pytest.raises(PreflightError, match="another process works in this folder"):
+        one.step()
+    assert run.calls == []
+    assert Store(one.root / "checkpoints").there() == [5, 15]
+    assert "lineage" not in json.loads((one.root / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("later", "resume"),
+    [
+        ({}, "10"),
+        ({30: 1}, "10"),  # of the attempt before the copy: the trial's own old weights
+        ({25: 2}, "auto"),
+        ({25: 2, 30: 1}, "25"),
+        ({25: 1, 30: 2}, "auto"),
+    ],
+)
+def test_a_copy_goes_on_from_what_it_saved_itself(
+    tmp_path: Path, fake: Callable[..., FakeRun], later: dict[int, int], resume: str
+) -> None:
+    """Started again after a failure: a later checkpoint is its own if an attempt after the copy wrote it."""
+    run, one = fake([20]), trial(tmp_path, copies=True)
+    run_with(one.root, 5)
+    one.origin = Origin(run_with(tmp_path / "sweep/runs/trial-001", 10), 10)
+    assert forked(one.origin, one.root, one.given) == 10
+    for step, attempt in later.items():
+        saved(Store(one.root / "checkpoints"), step, attempt=attempt)
+    one.step()
+    assert run.calls[0][0] == resume
+    assert len(json.loads((one.root / "run.json").read_text())["lineage"]) == 1
+
+
+def test_a_copy_that_was_pruned_by_who_came_before_is_made_again(tmp_path: Path) -> None:
+    donor, own = run_with(tmp_path / "donor", 10), run_with(tmp_path / "own", 5)
+    forked(Origin(donor, 10), own, {})
+    saved(Store(own / "checkpoints"), 30, attempt=1)
+    Store(own / "checkpoints").drop(10)
+    assert forked(Origin(donor, 10), own, {}) == 10
+    assert Store(own / "checkpoints").there() == [10]
+
+
+def test_checkpoints_say_which_attempt_wrote_them(tmp_path: Path) -> None:
+    async def facts() -> Any:
+        return job.checkpoints(load(recipe(tmp_path))[0].config, tmp_path, lambda *_, **__: None, 3).facts
+
+    assert asyncio.run(facts())["attempt"] == 3
 
 
 def test_values_are_kept_within_their_distribution_and_sections_are_joined() -> None:
@@ -666,7 +841,7 @@ def lease(run: Path) -> None:
 
     from rlkd.lease import Holder
 
-    run.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=True)
     (run / ".lease").write_text(json.dumps(asdict(Holder.me())))
 
 
@@ -706,13 +881,32 @@ def test_it_does_not_wait_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         interrupted(tmp_path, signal.SIGINT)
 
 
-def test_a_dead_process_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lease(tmp_path / "trial-000")
-    monkeypatch.setattr(follow, "DEAD_S", 0.2)
-    threading.Timer(0.3, (tmp_path / "trial-000/.lease").unlink).start()
-    follow.wait_for_the_dead(tmp_path / "trial-000", 5.0)
-    assert not (tmp_path / "trial-000/.lease").exists()
-    follow.wait_for_the_dead(tmp_path / "none", 5.0)
+def elsewhere(run: Path, age: float) -> None:
+    """Held by another machine's process, whose last heartbeat is so old."""
+    lease(run)
+    path = run / ".lease"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "boot": "another boot", "host": "node-7"}))
+    os.utime(path, (time.time() - age, time.time() - age))
+
+
+def test_who_held_a_trial_s_folder_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is alive, or may be: of another machine that is known when its heartbeat has stood still."""
+    monkeypatch.setattr(follow, "LOOK_FAR_S", 0.05)
+
+    def waited(run: Path, most: float = 5.0) -> float:
+        began = time.monotonic()
+        follow.wait_for_the_other(run, 1.0, most)
+        return time.monotonic() - began
+
+    assert waited(tmp_path / "none") < 0.1
+    elsewhere(tmp_path / "stale", 1.5)
+    assert waited(tmp_path / "stale") < 0.1
+    elsewhere(tmp_path / "fresh", 0.5)
+    assert 0.3 < waited(tmp_path / "fresh") < 2.0
+    lease(tmp_path / "here")
+    assert 0.3 <= waited(tmp_path / "here", 0.3) < 2.0
+    threading.Timer(0.3, (tmp_path / "here/.lease").unlink).start()
+    assert 0.2 < waited(tmp_path / "here") < 2.0
 
 
 # --- the command line

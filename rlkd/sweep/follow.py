@@ -1,6 +1,7 @@
 """A run of rlkd in a thread of this process, and what it tells."""
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,12 @@ from rlkd import staged
 from rlkd.config.schema import Config
 from rlkd.config.stages import Stage
 from rlkd.core.stop import Stop, StopRequest
-from rlkd.lease import holder
+from rlkd.lease import age_s, holder
 from rlkd.report.history import History
 from rlkd.watch import Watch
 
 LOOK_S = 0.1
-DEAD_S = 60.0  # to wait for the process that had the run's folder before: it was killed a moment ago
+LOOK_FAR_S = 2.0  # at another machine's process: by files that are shared
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Following:
         self.stop = Stop()
         self._recipe, self._resume = recipe, resume
         self._heard: queue.SimpleQueue[Heard] = queue.SimpleQueue()
+        self._began = steps_saved(stages, folder)
         self._thread = threading.Thread(target=self._run, name="run", daemon=True)
         self.error: BaseException | None = None
         self._thread.start()
@@ -64,6 +66,10 @@ class Following:
         while self.running and time.monotonic() < until and max(exported.checkpoints(self.folder), default=-1) < step:
             time.sleep(LOOK_S)
 
+    def gained(self) -> bool:
+        """Whether more is saved than when it began."""
+        return steps_saved(self.stages, self.folder) > self._began
+
     def _run(self) -> None:
         watch = Watch(self.stop, self._evaluated)
         try:
@@ -85,6 +91,12 @@ def before(stages: Sequence[Stage], folder: str) -> int:
     raise ValueError(f"{folder} is no stage of this run")
 
 
+def steps_saved(stages: Sequence[Stage], root: Path) -> int:
+    """Optimizer steps that the checkpoints of a run, or of all its stages, have behind them."""
+    folders = [root / f"{n}-{s.name}" for n, s in enumerate(stages, 1)] if stages[0].name else [root]
+    return sum(max(exported.checkpoints(folder), default=0) for folder in folders)
+
+
 def recorded(stages: Sequence[Stage], root: Path) -> Heard | None:
     """The newest evaluation in the run's folder that its newest checkpoint has behind it; None if there is none."""
     folder = staged.begun_folder(root)
@@ -99,8 +111,16 @@ def recorded(stages: Sequence[Stage], root: Path) -> Heard | None:
     return Heard(before(stages, folder.name) + step, metrics)
 
 
-def wait_for_the_dead(root: Path, wait_s: float = DEAD_S) -> None:
-    """A trial's process that was killed may take a moment to be gone, and hold its folder until then."""
-    until = time.monotonic() + wait_s
-    while (other := holder(root)) is not None and other.alive() and time.monotonic() < until:
-        time.sleep(LOOK_S)
+def wait_for_the_other(root: Path, lease_s: float, wait_s: float) -> None:
+    """Returns when nobody alive holds the trial's folder, or `wait_s` are over. Tune does not wait for the process that
+    it stops: that one may still save. One of another machine may be alive until it gave no sign for `lease_s`."""
+    until, told = time.monotonic() + wait_s, False
+    while (other := holder(root)) is not None and time.monotonic() < until:
+        alive = other.alive()
+        if alive is False or (alive is None and age_s(root) > lease_s):
+            return
+        if not told:
+            what = f"process {other.pid} on {other.host} may still save this trial's run"
+            print(f"{root}: {what}: waiting for it, {wait_s:.0f} s at most", file=sys.stderr)
+        told = True
+        time.sleep(LOOK_S if alive else LOOK_FAR_S)

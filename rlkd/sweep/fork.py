@@ -1,7 +1,9 @@
 """PBT: a trial goes on with another one's weights, optimizer, ledger and place in the data, and other settings.
 
 The other's checkpoint becomes one of this run, verified byte by byte; this run's own later ones are deleted, for nobody
-goes back to them. `run.json` keeps the lineage: at which step, from whom, with which settings.
+goes back to them. `run.json` keeps the lineage: at which step, from whom, with which settings, after how many attempts.
+Every checkpoint says which attempt wrote it: one of an attempt from before the copy is no work of the copy, however
+late it was committed.
 """
 
 import os
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkd import attempt
+from rlkd import export as exported
 from rlkd.core.errors import CheckpointError
 from rlkd.report.files import as_json, plain, replace_file
 from rlkd.store.folder import Found
@@ -31,19 +34,29 @@ class Origin:
 
 
 def forked(origin: Origin, folder: Path, values: Mapping[str, Any]) -> int:
-    """Make `folder` a run that goes on where `origin` is; the step. The same call again changes nothing.
+    """Make `folder` a run that goes on where `origin` is; the step. The same call again changes nothing. The caller
+    holds the folder's lease: who is still writing there would undo it.
 
     CheckpointError if the other run has no such checkpoint any more, or a damaged one."""
     record = attempt.read_record(folder)
     lineage = list(record.get("lineage", []))
     told = {"from": str(origin.run), "asked": origin.step, "values": plain(dict(values))}
     if lineage and {key: lineage[-1][key] for key in told} == told:
-        return int(lineage[-1]["step"])
-    store = Store(folder / "checkpoints")
-    step = _copied(origin, store, told)
-    record["lineage"] = [*lineage, {**told, "step": step, "time": time.time()}]
+        step = int(lineage[-1]["step"])
+        if since(folder) or step in exported.checkpoints(folder):  # else it was pruned by who came before
+            return step
+    step = _copied(origin, Store(folder / "checkpoints"), told)
+    entry = {**told, "step": step, "attempts": len(record["attempts"]), "time": time.time()}
+    record["lineage"] = [*lineage, entry]
     replace_file(folder / attempt.RECORD, as_json(record) + "\n")
     return step
+
+
+def since(folder: Path) -> list[int]:
+    """The steps that this run saved after it became a copy, oldest first."""
+    last = attempt.read_record(folder)["lineage"][-1]
+    there, before = Store(folder / "checkpoints").manifests(), last.get("attempts", -1)  # -1: of an older rlkd
+    return [step for step, m in there.items() if step > last["step"] and int(m.facts.get("attempt") or 0) > before]
 
 
 def _copied(origin: Origin, store: Store, told: Mapping[str, Any]) -> int:
@@ -56,7 +69,7 @@ def _copied(origin: Origin, store: Store, told: Mapping[str, Any]) -> int:
         try:
             shutil.copytree(found.path, draft, dirs_exist_ok=True, copy_function=_link_or_copy)
             (draft / MANIFEST).unlink()
-            facts = {**found.manifest.facts, "run": store.directory.parent.name, "lineage": dict(told)}
+            facts = {**found.manifest.facts, "attempt": None, "run": store.directory.parent.name, "lineage": dict(told)}
             for own in (s for s in store.there() if s >= step):
                 store.drop(own)
             store.commit(draft, step, facts)

@@ -16,18 +16,31 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow.fs
+from ray.exceptions import RayActorError
 from ray.tune import PlacementGroupFactory, Trainable
 from ray.tune.result import SHOULD_CHECKPOINT
 
+from rlkd.attempt import lost
 from rlkd.config.stages import Stage, load
-from rlkd.core.errors import DATA, DIVERGED, PREFLIGHT, USAGE, ConfigError, RlkdError
+from rlkd.core.errors import (
+    DATA,
+    DIVERGED,
+    PREFLIGHT,
+    USAGE,
+    ConfigError,
+    InfrastructureError,
+    NodesGone,
+    RlkdError,
+    Stopped,
+)
 from rlkd.core.stop import StopRequest
 from rlkd.export import checkpoints
+from rlkd.lease import held
 from rlkd.report import secrets
 from rlkd.report.files import as_json, plain, replace_file
 from rlkd.sweep import resources
-from rlkd.sweep.follow import Following, Heard, recorded, wait_for_the_dead
-from rlkd.sweep.fork import Origin, forked
+from rlkd.sweep.follow import Following, Heard, recorded, wait_for_the_other
+from rlkd.sweep.fork import Origin, forked, since
 from rlkd.sweep.spec import Spec, overrides
 
 REFERENCE = "rlkd.json"
@@ -35,7 +48,14 @@ WHOLE = "whole"  # in a result: the run did its last step (Tune sets `done` when
 STOP = ".stop"  # in the sweep's folder: every trial saves and ends
 END_S = 540.0  # for a save at the end; Tune kills after 600 s
 FOR_GOOD = (USAGE, PREFLIGHT, DATA, DIVERGED)  # the same trial would end so again
-FOLDER_TAKEN = "RLKD-E160"
+OF_MACHINES = {  # whatever the exit code: on another node, or later, the same trial may work
+    "RLKD-C412",  # preempt.must_end_by is over: a later one goes on
+    "RLKD-E020", "RLKD-E021", "RLKD-E603",  # no room; no GPU in the cluster, or none that the process sees
+    "RLKD-E022", "RLKD-E024", "RLKD-E025", "RLKD-E026", "RLKD-E310",  # what a node lacks
+    "RLKD-E160",  # another process still has the folder
+    "RLKD-E170", "RLKD-E602",  # a full disk, full shared memory
+    "RLKD-E191", "RLKD-E711",  # a cluster, a teacher's endpoint that does not answer
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,14 +157,17 @@ class Trial(Trainable):
     def _begin(self) -> Heard | None:
         """Start the run, or go on with it; an evaluation that Tune was not told of before the process was killed."""
         stages, values = self._stages(), plain(self.plan.values(self.given))
-        wait_for_the_dead(self.root)
+        lease_s = stages[0].config.preempt.lease_s
+        wait_for_the_other(self.root, lease_s, END_S + lease_s)
         if self.origin is None:
             _move_other(self.root, values)
         replace_file(_note(self.root), as_json(values) + "\n")
         resume, old = "auto", None
         if self.origin is not None and self.origin.run != self.root:
-            step = forked(self.origin, self.root, values)
-            resume, self.told = self._resume(step), {**self.told, "step": step}  # the same weights, the same metrics
+            with held(self.root, lease_s, lambda text: print(f"{self.root}: {text}", file=sys.stderr), lost):
+                step = forked(self.origin, self.root, values)
+                resume = self._resume(step)
+            self.told = {**self.told, "step": step}  # the same weights, the same metrics
         elif (found := recorded(stages, self.root)) is not None and (
             self.origin is None or found.step > self.origin.step
         ):
@@ -163,8 +186,11 @@ class Trial(Trainable):
         return self.plan.stages(self.given, [*own, *more]) if more else stages
 
     def _resume(self, step: int) -> str:
-        """After a copy: from it, and from none that the remote store has; when it has gone on since, from there."""
-        return str(step) if max(checkpoints(self.root), default=step) == step else "auto"
+        """After a copy: from it, and from none that the remote store has; when it has gone on since, from there. What
+        the process before it committed late is set aside."""
+        own = since(self.root)
+        newest = max(own, default=step)
+        return "auto" if own and newest == max(checkpoints(self.root)) else str(newest)
 
     def _heard(self, run: Following, heard: Heard) -> dict[str, Any]:
         if self.plan.copies and heard.step > 0:
@@ -185,22 +211,41 @@ class Trial(Trainable):
         """What the end of the run means for Tune."""
         if run.error is None:
             return {**self.told, "done": True, WHOLE: True}
-        if run.stop.is_set():  # the whole sweep stops: this process is ended by its driver
+        if run.stop.is_set() and self._sweep_stops():  # this process is ended by its driver
             time.sleep(END_S)
+        if _machine_goes(run) and run.gained():  # else it counts: what comes to nothing must not be tried for ever
+            raise RayActorError(error_msg=f"its machine goes away: {_cause(run.error)}", preempted=True) from run.error
         if isinstance(run.error, RlkdError):
             return self._failed(run.error)
         raise run.error
 
     def _failed(self, error: RlkdError) -> dict[str, Any]:
-        """A trial whose settings do not work has a result too; what the machines did is tried again by Tune."""
-        if error.exit_code not in FOR_GOOD or any(p.code == FOLDER_TAKEN for p in error.problems):
+        """A trial whose settings do not work has a result too; what the machines did is tried again by Tune, so many
+        times (`sweep.failures`); then the trial is lost, and the sweep's command goes on with it."""
+        if error.exit_code not in FOR_GOOD or any(p.code in OF_MACHINES for p in error.problems):
             raise error
-        cause = "; ".join(f"{p.code}: {p.what}" for p in error.problems)
-        return {**self.told, "done": True, "failed": secrets.without(cause), SHOULD_CHECKPOINT: False}
+        return {**self.told, "done": True, "failed": _cause(error), SHOULD_CHECKPOINT: False}
 
     def _look_for_stop(self, run: Following) -> None:
-        if not run.stop.is_set() and (self.root.parent.parent / STOP).exists():
+        if not run.stop.is_set() and self._sweep_stops():
             run.stop.ask(StopRequest("user", "the sweep was asked to stop"))
+
+    def _sweep_stops(self) -> bool:
+        return (self.root.parent.parent / STOP).exists()
+
+
+def _machine_goes(run: Following) -> bool:
+    """Whether the run ended because a node that it needs is taken away, or its time there is up. Ray Tune does not
+    count a trial's actor that was preempted as a failure, and this is one that saved before."""
+    asked = run.stop.is_set() and isinstance(run.error, InfrastructureError)  # it was gone before the save was done
+    return asked or isinstance(run.error, Stopped | NodesGone)
+
+
+def _cause(error: BaseException) -> str:
+    """In a line."""
+    if isinstance(error, RlkdError):
+        return secrets.without("; ".join(f"{p.code}: {p.what}" for p in error.problems))
+    return secrets.without(error.message if isinstance(error, Stopped) else f"{type(error).__name__}: {error}")
 
 
 def _note(root: Path) -> Path:

@@ -7,7 +7,8 @@ these calls against the installed Ray.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import ray
 from ray.core.generated import autoscaler_pb2
@@ -30,11 +31,16 @@ def own_node() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def nodes_of(actor_class: str) -> frozenset[str]:
-    """The nodes where this job's actors of a class are, without those that ended."""
-    rows = ray._private.state.actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id()))
-    here = (row for row in rows.values() if row["ActorClassName"] == actor_class and row["State"] != "DEAD")
-    return frozenset(row["Address"]["NodeID"] for row in here)
+def nodes_of(actors: Iterable[Any]) -> frozenset[str]:
+    """The nodes where these actors (their handles) are, without those that ended or have no node yet. Others of the
+    same class may be in the job: all trials of a sweep are in one."""
+    own = {actor._actor_id.hex() for actor in actors}
+    rows = ray._private.state.actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id())) if own else {}
+    return frozenset(
+        row["Address"]["NodeID"]
+        for name, row in rows.items()
+        if name in own and row["State"] != "DEAD" and row["Address"]["NodeID"]
+    )
 
 
 def drain(node: str, seconds: float, reason: str = "rlkd chaos") -> None:

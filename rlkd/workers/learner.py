@@ -133,6 +133,11 @@ class LearnerGroup:
     def ranks(self) -> int:
         return self._ranks
 
+    @property
+    def actors(self) -> tuple[Any, ...]:
+        """The ranks' handles; none while they are lost."""
+        return tuple(self._actors)
+
     async def start(self) -> None:
         """New ranks, as at the very start: nothing is left of others that there were."""
         self.kill()

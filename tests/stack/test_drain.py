@@ -25,8 +25,8 @@ class LearnerRank:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[tuple[str, str]]:
-    """The head's id, and that of a worker node with an actor on it."""
+def nodes() -> Iterator[tuple[str, str, Any]]:
+    """The head's id, that of a worker node with an actor on it, and the actor."""
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args=small)
     ray.init(address=cluster.address, log_to_driver=False)
@@ -35,18 +35,22 @@ def nodes() -> Iterator[tuple[str, str]]:
         cluster.wait_for_nodes()
         actor: Any = ray.remote(LearnerRank).options(resources={"spot": 0.5}).remote()
         assert ray.get(actor.ready.remote(), timeout=60)
-        yield drain.own_node(), worker.node_id
+        yield drain.own_node(), worker.node_id, actor
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
 @pytest.mark.faults("F10", "F11", "F13")
-def test_a_drained_node_is_seen_and_remembered(nodes: tuple[str, str]) -> None:
-    head, worker = nodes
+def test_a_drained_node_is_seen_and_remembered(nodes: tuple[str, str, Any]) -> None:
+    head, worker, actor = nodes
     assert drain.draining() == {}
-    assert drain.nodes_of("LearnerRank") == {worker}
-    assert drain.nodes_of("Nobody") == frozenset()
+    assert drain.nodes_of([actor]) == {worker}
+    assert drain.nodes_of([]) == frozenset()
+    other: Any = ray.remote(LearnerRank).options(num_cpus=0, resources={"node:__internal_head__": 0.01}).remote()
+    assert ray.get(other.ready.remote(), timeout=60)
+    assert drain.nodes_of([actor]) == {worker}  # another run's learner, in the same job
+    assert drain.nodes_of([actor, other]) == {worker, head}
     stop, told, left = Stop(), [], []
     watcher = Watcher(
         PreemptConfig(poll_s=0.2), stop, drain.draining, lambda *what: told.append(what), lambda: {head}, left.append
@@ -69,7 +73,7 @@ def test_a_drained_node_is_seen_and_remembered(nodes: tuple[str, str]) -> None:
     assert not stop.is_set()
 
     learners = Watcher(PreemptConfig(), stop, drain.draining, lambda *what: told.append(what))
-    learners.look(drain.draining(), drain.nodes_of("LearnerRank"))  # the same node: a learner's rank is on it
+    learners.look(drain.draining(), drain.nodes_of([actor]))  # the same node: a learner's rank is on it
     assert stop.request is not None
     assert stop.request.kind == "drain"
     assert stop.left_s() is not None
