@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from rlkd.config.schema import Config
-from rlkd.core.errors import InfrastructureError, LearnerLost, PreflightError, WorkerLost
+from rlkd.core.errors import InfrastructureError, LearnerLost, WorkerLost
 from rlkd.core.ports import Services, Writer
 from rlkd.core.together import together
 from rlkd.inputs import Inputs
@@ -137,7 +137,7 @@ class _Builder:
             policy, verify, staff.teachers(), staff.reference(), self.read.tokenizer, writers,
             self._traces(writers, verify) if writers else None, self.tell, self.read.sampling(config),
         )  # fmt: skip
-        return Fleet(services, group, policy, verify, crews, self.roster, self._gpu(), self.placement, self.site)
+        return Fleet(services, group, policy, verify, crews, self.roster, self.site.gpu, self.placement, self.site)
 
     async def staff(self) -> Staff:
         """The frozen models alone, started."""
@@ -153,7 +153,7 @@ class _Builder:
         """Room for everybody on the cluster, and threads; and the pools of the staff, which need to know both."""
         counts, config = staff.counts(), self.config
         self.site: Site = await settled(
-            config, self.directory, self.tell, self.stack, ranks, samplers, verifiers, counts, self._gpu()
+            config, self.directory, self.tell, self.stack, ranks, samplers, verifiers, counts
         )
         self.placement = self.site.placement
         beside, overlap = config.sampler.workers if samplers else 1, config.schedule.staleness > 0
@@ -180,18 +180,6 @@ class _Builder:
         most, success = self.config.sampler.max_tokens, self.config.evaluate.success
         path, read = self.directory / "traces.jsonl", reader(self.read.tokenizer)
         return LiveTraces(writers, read, verify, path, most, self.read.context, success, self.tell)
-
-    def _gpu(self) -> bool:
-        """Whether the roles get GPUs. PreflightError if GPUs are asked for and the cluster has none."""
-        found = ray.cluster_resources().get("GPU", 0) > 0
-        if self.config.model.device == "cuda" and not found:
-            raise PreflightError(
-                "RLKD-E021",
-                "model.device=cuda, but no node of the cluster has a GPU",
-                where="model.device",
-                fix="set model.device=cpu (or auto), or join a cluster with GPUs (ray.address)",
-            )
-        return found and self.config.model.device != "cpu"
 
     def _model_options(self, path: str) -> dict[str, Any]:
         m = self.config.model

@@ -3,12 +3,15 @@
 import asyncio
 import hashlib
 import math
+import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlkd.config.schema import Config
+import ray
+
+from rlkd.config.schema import Config, RayConfig
 from rlkd.core.errors import NodesGone, PreflightError
 from rlkd.workers import drain
 from rlkd.workers.aside import aside
@@ -31,6 +34,7 @@ class Site:
     directory: Path
     tell: Tell
     placement: Placement
+    gpu: bool = False  # whether the roles have GPUs
     carrier: Carrier | None = None  # None: every worker reads what the learner wrote
     _checked: set[tuple[str, Path | None]] = field(default_factory=set, init=False)
 
@@ -101,20 +105,27 @@ class Site:
 
 async def settled(
     config: Config, directory: Path, tell: Tell, stack: AsyncExitStack, ranks: int, samplers: bool, verifiers: int,
-    scorers: Mapping[str, int], gpu: bool,
+    scorers: Mapping[str, int],
 ) -> Site:  # fmt: skip
     """Room for everybody, or PreflightError; given back with `stack`. Says who is where, if there are several nodes."""
-    s, nodes = config.sampler, await aside(alive)
+    s, nodes, gpu = config.sampler, await aside(alive), await _on_gpu(config, tell)
+    shared = gpu and config.ray.share_gpus
     least = s.workers if s.min_workers is None else s.min_workers
     most = s.workers if s.max_workers is None else s.max_workers
     every = bundles(
-        ranks, most if samplers else 0, s.tensor_parallel, verifiers, scorers, gpu, config.ray.share_gpus,
+        ranks, most if samplers else 0, s.tensor_parallel, verifiers, scorers, gpu, shared,
         stable=any(node.stable for node in nodes),
     )  # fmt: skip
     later = {f"rollout-{i}" for i in range(least, most)}
     wanted, more = [b for b in every if b.role not in later], [b for b in every if b.role in later]
     together = config.sync.kind == "shm" and ranks > 0
-    site = Site(config, directory, tell, await reserve(wanted, config.ray.wait_s, more, together))
+    try:
+        placement = await reserve(wanted, config.ray.wait_s, more, together, shared)
+    except PreflightError as error:
+        if gpu and not await aside(_any_gpu):
+            raise _no_gpu() from error
+        raise
+    site = Site(config, directory, tell, placement, gpu)
     stack.callback(site.placement.release)
     if ranks and samplers and config.sync.kind in ("auto", "ray"):
         folder = f"{site.published}-copy"
@@ -122,6 +133,32 @@ async def settled(
         stack.push_async_callback(site.carrier.close)
     await _look_around(site, stack)
     return site
+
+
+async def _on_gpu(config: Config, tell: Tell) -> bool:
+    """Whether the roles get GPUs. `cuda` asks for them even if there are none yet: an autoscaler adds nodes for what
+    somebody waits for. `auto` takes what is there now."""
+    device, found = config.model.device, await aside(_any_gpu)
+    if device == "cuda" and not found and (config.ray.address or os.environ.get("RAY_ADDRESS") or "local") == "local":
+        raise _no_gpu()  # nobody adds one to a cluster that was started here
+    if device == "auto" and not found and config.ray.wait_s > RayConfig().wait_s:
+        text = "no node has a GPU now, and model.device=auto takes what is there: the run uses CPUs"
+        tell("warning", f"{text}. Where GPU nodes come later (an autoscaler), say model.device=cuda")
+    return device == "cuda" or (found and device != "cpu")
+
+
+def _any_gpu() -> bool:
+    return float(ray.cluster_resources().get("GPU", 0.0)) > 0
+
+
+def _no_gpu() -> PreflightError:
+    return PreflightError(
+        "RLKD-E021",
+        "model.device=cuda, but no node of the cluster has a GPU",
+        where="model.device",
+        fix="set model.device=cpu (or auto), join a cluster with GPUs (ray.address), or wait longer for them "
+        "(ray.wait_s)",
+    )
 
 
 async def _look_around(site: Site, stack: AsyncExitStack) -> None:

@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
-from rlkd.core.errors import NodesGone, NoWorkers, WorkerLost
+from rlkd.core.errors import NodesGone, NoWorkers, RlkdError, WorkerLost
 from rlkd.workers.ask import Slot, ask
 from rlkd.workers.limits import End, PoolOptions
-from rlkd.workers.losses import Kind, Losses, Progress
+from rlkd.workers.losses import CannotStart, Kind, Losses, Progress
 from rlkd.workers.places import Places
 
 STACKS_S = 15.0  # for the stacks of a worker that is about to be killed
@@ -29,12 +29,13 @@ class Crew(Places):
     """Up to `size` workers, made by `spawn(index)`: handles with remote methods start, where, vitals.
 
     `seated(index)` returns when the cluster has room for that one: nothing is made before, and waiting for it is
-    nobody's fault. The first `options.start_with` must be there for the start; the others come when they can.
+    nobody's fault. The first `options.start_with` must be there for the start; the others come when they can. What
+    keeps one of the first from starting is the start's error; from then on it is that worker's loss.
 
     Everything runs on one event loop. A worker that dies, hangs, or has work and makes no headway is killed and
     replaced; who waits for it gets WorkerLost at once. One that is lost too often is out, and the others go on; when
     all are out, or fewer than `at_least` are there for `nobody_s`, every call raises NoWorkers (NodesGone if their
-    nodes went away).
+    nodes went away). So does the start when one of the first finds no node for as long.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Crew(Places):
     ) -> None:
         super().__init__(name, size, options, kill, tell, was_draining)
         self._spawn, self._stacks, self._seated = spawn, stacks, seated
+        self._started = False  # the first are there
 
     async def _equip(self, slot: Slot) -> None:
         """Give a new worker what it needs before it gets work. WorkerLost if it does not take it."""
@@ -65,22 +67,28 @@ class Crew(Places):
             Slot(i, f"{self._name}-{i}", losses=Losses(o.replacements, o.window_s, o.in_window))
             for i in range(self._size)
         ]
-        first, later = self._slots[: o.start_with], self._slots[self._size if o.start_with is None else o.start_with :]
+        first, later = self._slots[: self._first], self._slots[self._first :]
         starting = [asyncio.create_task(self._bring_up(slot), name=f"start {slot.name}") for slot in first]
+        self._background(self._count_heads(), f"count {self._name}")
         try:
-            await asyncio.gather(*starting)
+            await self._until_ended(asyncio.gather(*starting))
             self._check()
         except BaseException:
             for task in starting:
                 task.cancel()
             self.close()
             raise
+        self._started = True
         for slot in later:
             self._background(self._bring_up(slot), f"start {slot.name}")
         every = [s for s in (o.probe_s, o.stall_s and o.stall_s / 4) if s is not None]
         if every:
             self._background(self._look(min(every)), f"look at {self._name}")
-        self._background(self._count_heads(), f"count {self._name}")
+
+    @property
+    def _first(self) -> int:
+        """So many must be there for the start."""
+        return self._size if self._options.start_with is None else self._options.start_with
 
     def close(self) -> None:
         """Kill the workers."""
@@ -132,8 +140,9 @@ class Crew(Places):
 
     async def _bring_up(self, slot: Slot) -> None:
         """Make workers for a slot until one has what it needs."""
+        least_s = 0.0  # between two tries
         while self._end is None and slot.out is None:
-            if pause := slot.losses.pause_s(self._options.backoff_s):
+            if pause := max(slot.losses.pause_s(self._options.backoff_s), least_s):
                 slot.state = f"waits {pause:g} s before it is started again"
                 await asyncio.sleep(pause)
             await self._find_room(slot)
@@ -142,10 +151,9 @@ class Crew(Places):
             slot.state, slot.made = "is starting", slot.made + 1
             slot.handle = self._spawn(slot.index)
             try:
-                await ask(slot, slot.handle, "start()", self._options.start_s, "start")
-                slot.place = await ask(slot, slot.handle, "where()", self._options.start_s, "where")
-                await self._equip(slot)
+                await self._come_up(slot)
             except WorkerLost as error:
+                least_s = self._options.backoff_s if isinstance(error, CannotStart) else 0.0
                 self._discard(slot, error)
                 self._charge(slot, error)
                 continue
@@ -155,6 +163,22 @@ class Crew(Places):
             self._tell_how_many(slot)
             break
         await self._notify()
+
+    async def _come_up(self, slot: Slot) -> None:
+        """From a new process to one that may get work. WorkerLost if that does not succeed, and while the crew starts
+        whatever its own code raises."""
+        try:
+            await ask(slot, slot.handle, "start()", self._options.start_s, "start")
+            slot.place = await ask(slot, slot.handle, "where()", self._options.start_s, "where")
+            await self._equip(slot)
+        except WorkerLost:
+            raise
+        except Exception as error:  # of any kind: what is wrong on its node need not be wrong where the others are
+            if not self._started:
+                raise
+            lost = CannotStart(f"{slot.name} cannot start: {_cause(error)}")
+            self._tell("worker_lost", f"{lost}; {self.ready} of {self._size} go on")
+            raise lost from error
 
     async def _find_room(self, slot: Slot) -> None:
         """Wait for a place on the cluster; said once if that takes long."""
@@ -221,20 +245,23 @@ class Crew(Places):
             return f"; its stacks could not be taken within {STACKS_S:g} s"
 
     async def _count_heads(self) -> None:
-        """With too few workers: say so now and then, and give up after `nobody_s`."""
-        limit, need, since, told = self._options.nobody_s, self._options.at_least, None, 0.0
+        """With too few workers: say so now and then, and give up after `nobody_s`. While the crew starts only the time
+        counts that one of the first has no node: what it does with one has limits of its own."""
+        limit, since, told = self._options.nobody_s, None, 0.0
         while self._end is None:
             await asyncio.sleep(min(1.0, limit / 10))
-            now = time.monotonic()
-            if self.ready >= need:
+            now, begun = time.monotonic(), self._started
+            awaited = self._slots if begun else self._slots[: self._first]
+            need = self._options.at_least if begun else len(awaited)
+            if self.ready >= need or not (begun or any(s.homeless for s in awaited)):
                 since = None
                 continue
             if since is None:
                 since = told = now
             who = "no worker" if need == 1 else f"{self.ready} of at least {need} workers"
-            about = f"{who} for {now - since:.0f} s: {_states([s for s in self._slots if not s.ready])}"
+            about = f"{who} for {now - since:.0f} s: {_states([s for s in awaited if not s.ready])}"
             if now - since > limit:
-                gone = all(s.losses.last is Kind.PREEMPT or s.homeless for s in self._slots if not s.ready)
+                gone = not begun or all(s.losses.last is Kind.PREEMPT or s.homeless for s in awaited if not s.ready)
                 fix = "add nodes, or raise sampler.min_workers_timeout_s; `ray status` shows what the cluster has"
                 self._finish_all(End(f"{self._name}: {about}", "RLKD-I613", fix, NodesGone if gone else NoWorkers))
                 await self._notify()
@@ -258,3 +285,11 @@ class Crew(Places):
 
 def _states(slots: Sequence[Slot]) -> str:
     return ", ".join(f"{slot.name} {slot.state}" for slot in slots)
+
+
+def _cause(error: Exception) -> str:
+    """In one line, with what to do about it."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RlkdError):
+        return "; ".join(f"{p.code}: {p.what}" + (f" (fix: {p.fix})" if p.fix else "") for p in cause.problems)
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"

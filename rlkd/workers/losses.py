@@ -28,12 +28,19 @@ class Kind(StrEnum):
     PREEMPT = "preempt"
 
 
+class CannotStart(WorkerLost):
+    """A new worker that lives and says what keeps it from starting. Others work: no memory, where it is, is no reason
+    to end the run."""
+
+
 def kind_of(lost: WorkerLost, draining: bool = False, memory_full: bool = False) -> Kind:
     """`draining`: its node was known to go away. `memory_full`: the kernel killed for memory meanwhile, or there was
     next to none left at its last sign of life; that tells only of a process that died."""
     cause = lost.__cause__
     if draining or getattr(cause, "preempted", False):
         return Kind.PREEMPT
+    if isinstance(lost, CannotStart):
+        return Kind.INFRA
     died = "Died" in type(cause).__name__
     if isinstance(cause, OutOfMemoryError) or _MEMORY.search(str(lost)) or (died and memory_full):
         return Kind.MEMORY

@@ -2,6 +2,7 @@
 
     learner ranks                 one placement group, packed; on nodes that stay, where the cluster has such (nodes.py)
     everybody who can be replaced a group each, away from the nodes that stay; Ray takes the emptiest node
+    with ray.share_gpus           one group: a bundle is a whole GPU, with a rank and all others of its number
 
 A group of one's own is a seat that may be waited for and left: a worker moves when its node goes away, and more come
 when a node joins.
@@ -27,43 +28,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlkd.core.errors import PreflightError
 from rlkd.workers import drain
 from rlkd.workers.aside import aside
+from rlkd.workers.demand import A_LITTLE, CPU_SHARE, Bundle, as_one, bundles, side_by_side
 from rlkd.workers.nodes import STABLE, Node, alive
 
 log = logging.getLogger("rlkd.workers")
-CPU_SHARE = 0.1  # without GPUs the roles take turns on the same cores; workers/threads.py divides the real threads
-A_LITTLE = 0.001  # of the resource that marks a node: enough for a thousand ranks on one
 NODE = "ray.io/node-id"  # Ray labels every node with it
 LOOK_S, SOON_S = 2.0, 0.1  # between two looks for a place; while the run starts
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """One actor's resources."""
-
-    role: str  # learner-0, rollout-1, reward-0, reference-0, …
-    resources: Mapping[str, float]
-
-    @property
-    def learner(self) -> bool:
-        return self.role.startswith("learner-")
-
-
-def bundles(
-    learner_ranks: int, rollout_workers: int, tensor_parallel: int, reward_workers: int, scorers: Mapping[str, int],
-    gpu: bool, share_gpus: bool = False, stable: bool = False,
-) -> list[Bundle]:  # fmt: skip
-    """One bundle per actor, the learner first. With `share_gpus` sampler, learner and scorers use the same GPUs; with
-    `stable` the learner asks for nodes that stay."""
-
-    def device(gpus: float, share: float) -> dict[str, float]:
-        return {"CPU": 1.0, "GPU": share if share_gpus else gpus} if gpu else {"CPU": CPU_SHARE}
-
-    stays = {STABLE: A_LITTLE} if stable else {}
-    counts = [(f"learner-{i}", {**device(1.0, 0.5), **stays}) for i in range(learner_ranks)]
-    counts += [(f"rollout-{i}", device(float(tensor_parallel), 0.4)) for i in range(rollout_workers)]
-    counts += [(f"{name}-{i}", device(1.0, 0.1)) for name, n in scorers.items() for i in range(n)]
-    counts += [(f"reward-{i}", {"CPU": 1.0 if gpu else CPU_SHARE}) for i in range(reward_workers)]
-    return [Bundle(role, resources) for role, resources in counts]
+__all__ = ["A_LITTLE", "CPU_SHARE", "Bundle", "Placement", "bundles", "has_room", "reserve"]
 
 
 @dataclass(frozen=True)
@@ -172,33 +143,50 @@ class Placement:
 
 
 async def reserve(
-    wanted: Sequence[Bundle], wait_s: float, more: Sequence[Bundle] = (), together: bool = False
+    wanted: Sequence[Bundle], wait_s: float, more: Sequence[Bundle] = (), together: bool = False, shared: bool = False
 ) -> Placement:
     """Room for all of `wanted`, or PreflightError that says what is missing after at most `wait_s` seconds; and seats
-    for `more`, which may come later or never. `together`: on one node, for shared memory.
+    for `more`, which may come later or never. `together`: on one node, for shared memory. `shared`: those of the same
+    number share a GPU (`side_by_side`).
 
     A process that was itself put into a placement group (a trial of a sweep) has its room there already.
     """
     if (own := get_current_placement_group()) is not None:
+        _refuse_to_share(wanted, shared)
         roles = enumerate(seated(wanted, own.bundle_specs))
         return Placement({b.role or f"free-{index}": Seat(b, own, index) for index, b in roles}, given=True)
-    until, placement, nodes = time.monotonic() + wait_s, Placement({}), alive()
+    until, placement = time.monotonic() + wait_s, Placement({})
+    first = side_by_side([*wanted, *more]) if shared else [[b] for b in wanted if b.learner]
+    apart = {b.role for some in first for b in some}
+    need = [*(as_one(some) if shared else some[0] for some in first), *(b for b in wanted if b.role not in apart)]
     try:
-        if learner := [b for b in wanted if b.learner]:
-            group = _group(learner, "STRICT_PACK" if together else "PACK")
-            placement.seats |= {b.role: Seat(b, group, i) for i, b in enumerate(learner)}
-            if together:
-                await _placed(placement, wanted, until, wait_s)
-        place = {NODE: str(placement.seats[learner[0].role].node)} if together and learner else None
+        if first:
+            group = _group(need[: len(first)], "STRICT_PACK" if together else "PACK")
+            placement.seats |= {b.role: Seat(b, group, i) for i, some in enumerate(first) for b in some}
+            if together or any(node.stable for node in await aside(alive)):
+                # who is to keep off its nodes asks later: nodes that an autoscaler adds are not known before
+                await _placed(placement, need, until, wait_s)
+        place = {NODE: str(placement.seats[first[0][0].role].node)} if together and first else None
+        nodes = await aside(alive)
         others = {b.role: (b, _elsewhere(b, nodes) if place is None else place) for b in (*wanted, *more)
-                  if not b.learner}  # fmt: skip
-        placement.seats |= {b.role: Seat.alone_for(*others[b.role]) for b in wanted if not b.learner}
-        await _placed(placement, wanted, until, wait_s)
-        placement.seats |= {b.role: Seat.alone_for(*others[b.role]) for b in more}
+                  if b.role not in apart}  # fmt: skip
+        placement.seats |= {b.role: Seat.alone_for(*others[b.role]) for b in wanted if b.role in others}
+        await _placed(placement, need, until, wait_s)
+        placement.seats |= {b.role: Seat.alone_for(*others[b.role]) for b in more if b.role in others}
     except BaseException:
         placement.release()
         raise
     return placement
+
+
+def _refuse_to_share(wanted: Sequence[Bundle], shared: bool) -> None:
+    """PreflightError if ranks share GPUs in a group that somebody else made: it has a bundle for each actor, and which
+    of them are of one GPU is for Ray to say."""
+    ranks = sum(b.learner for b in wanted)
+    if shared and ranks > 1:
+        what = f"a trial's placement group cannot have {ranks} GPUs that are shared by learner and samplers"
+        fix = "in a sweep ray.share_gpus=false, or learner.ranks=1"
+        raise PreflightError("RLKD-E023", what, where="ray.share_gpus", fix=fix)
 
 
 async def has_room(wanted: Sequence[Bundle], strategy: str, wait_s: float) -> None:

@@ -90,7 +90,8 @@ class Places(ABC):
             self._take_out(slot, verdict, why)
 
     def _take_out(self, slot: Slot, verdict: str, why: str) -> None:
-        slot.out = slot.state = f"is out: {verdict}"
+        slot.out = f"is out: {verdict}"
+        slot.state = f"{slot.out}; the last time: {why}"
         left = sum(s.out is None for s in self._slots)
         if not left:
             self._finish_all(End(f"{slot.name} was {verdict}; the last time: {why}"))
@@ -112,6 +113,21 @@ class Places(ABC):
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+    async def _until_ended(self, work: "asyncio.Future[Any]") -> None:
+        """Wait for it, or until nothing more comes from this crew."""
+
+        async def ended() -> None:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._end is not None)
+
+        end = asyncio.create_task(ended(), name=f"end of {self._name}")
+        try:
+            await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            end.cancel()
 
     def _background(self, work: Any, name: str) -> None:
         task = asyncio.create_task(work, name=name)
