@@ -27,7 +27,10 @@ def render(
     ] = None,
     gpus: Annotated[int | None, typer.Option("--gpus-per-node", min=0, help="8 if the recipe wants GPUs.")] = None,
     cpus: Annotated[int | None, typer.Option("--cpus-per-node", min=1, help="8 a GPU; 4 without.")] = None,
-    memory: Annotated[int | None, typer.Option("--memory-gib", min=1, help="64 a GPU; 16 without.")] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option("--memory-gib", min=1, help="At least 64 a GPU, 16 without."),
+    ] = None,
     shared: Annotated[
         str | None, typer.Option("--shared", metavar="DIR", help="A folder all nodes see; the run starts in it.")
     ] = None,

@@ -14,12 +14,15 @@ from typing import Any
 from rlkd.config.schema import Config
 from rlkd.config.stages import Stage
 from rlkd.core.errors import ConfigError, PreflightError
+from rlkd.plan.hardware import GIB, GPUS, cpu
+from rlkd.plan.memory import learner_host
 from rlkd.plan.saving import Grace
 from rlkd.plan.saving import grace as grace_of
 from rlkd.plan.shape import shape_of
+from rlkd.plan.work import assumed, work_of
 from rlkd.render import platforms
 from rlkd.render.job import Job, added, check_storage, on_nodes
-from rlkd.render.nodes import Layout, Machine, Needs, Packed, by_kind, packed
+from rlkd.render.nodes import Layout, Machine, Needs, Packed, by_kind, equal_node, packed
 from rlkd.render.settings import Settings
 from rlkd.report import secrets
 from rlkd.report.files import replace_file
@@ -32,6 +35,7 @@ GPUS_OF_A_NODE = 8  # where the recipe asks for GPUs and the user does not say
 CPU_NODE = Machine(0, 4, 16)  # of a run without GPUs; and what carries drivers and rewards beside GPU nodes
 SMALL_NODE = Machine(0, 8, 32)
 CPUS_OF_A_GPU, GIB_OF_A_GPU = 8, 64
+DRIVER_GIB = 4.0  # for the driver, Ray, and what the system keeps
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,14 @@ def render(
     """Write the files into `out`; what was written, for people and for programs.
 
     `grace_s`: seconds between SIGTERM and the kill; None: what the plan says. `said`: the options of the command, for
-    the files' first lines. ConfigError RLKD-C441 to C446; PreflightError RLKD-E186 if a file in `out` is not ours.
+    the files' first lines. ConfigError RLKD-C441 to C447; PreflightError RLKD-E186 if a file in `out` is not ours.
     """
     configs = [stage.config for stage in stages]
     node = machine(configs, nodes)
     needs = Needs.most([_needs(config, node.gpus > 0) for config in configs])
     layout = by_kind(needs, node, SMALL_NODE if node.gpus else node)
-    equal = packed(needs, node)
+    equal, node = packed(needs, node), equal_node(needs, node)
+    _check_memory(needs, node, nodes.memory_gib)
     apart = equal.with_learner > 1 if platform == "slurm" else any(k.name == "learner" for k in layout.workers)
     check_storage(configs, platform, settings, apart)
     _check_sync(configs, {"docker": 1, "slurm": equal.nodes}.get(platform, layout.nodes))
@@ -85,6 +90,17 @@ def machine(configs: Sequence[Config], nodes: Nodes) -> Machine:
     )
 
 
+def _check_memory(needs: Needs, node: Machine, said_gib: int | None) -> None:
+    """ConfigError RLKD-C447 if the user's nodes have not the memory that the learner's ranks need beside their GPUs."""
+    if said_gib is not None and node.memory_gib > said_gib:
+        ranks = min(len(needs.learner), node.gpus or len(needs.learner))
+        what = (
+            f"a node with {ranks} learner rank{'s' if ranks > 1 else ''} needs {node.memory_gib} GiB of its own memory"
+        )
+        fix = f"--memory-gib {node.memory_gib}, fewer GPUs a node, or learner.offload=false (`rlkd plan` has the parts)"
+        raise ConfigError("RLKD-C447", f"{what}, and has {said_gib}", "--memory-gib", fix)
+
+
 def _check_sync(configs: Sequence[Config], nodes: int) -> None:
     """ConfigError RLKD-C445 if weights would go through the memory of one node."""
     if nodes > 1 and any(config.sync.kind == "shm" for config in configs):
@@ -99,7 +115,13 @@ def _needs(config: Config, gpu: bool) -> Needs:
         config.learner.ranks, most, s.tensor_parallel, config.verifier.workers, frozen, gpu, config.ray.share_gpus
     )
     least = s.workers if s.min_workers is None else s.min_workers
-    return Needs.of([(b.role, b.resources) for b in wanted], least, config.ray.share_gpus)
+    shape, hardware = (
+        shape_of(config.model.path),
+        GPUS["H100"] if gpu else cpu(0.0, CPU_NODE.cpus),
+    )  # any: bytes are bytes
+    rank, one = learner_host(config, shape, work_of(config, assumed(config, shape)), hardware)
+    actors = Needs.of([(b.role, b.resources) for b in wanted], least, config.ray.share_gpus)
+    return replace(actors, rank_gib=rank / GIB, node_gib=one / GIB + DRIVER_GIB)
 
 
 def _grace(configs: Sequence[Config]) -> Grace:
@@ -115,7 +137,7 @@ def _job(
     config: Config, recipe: str, overrides: Sequence[str], platform: str, settings: Settings, grace_s: int,
     node: Machine, said: Sequence[str],
 ) -> Job:  # fmt: skip
-    words = [*overrides, *added(config, platform, grace_s, settings.wait_s)]
+    words = [*overrides, *added(config, platform, grace_s, settings.wait_s, node.gpus > 0)]
     by = MARK + shlex.join(["rlkd", "render", recipe, *overrides, "--for", platform, *said])
     for text in (recipe, *words, *said):
         if not text.isprintable():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
@@ -128,6 +129,20 @@ def test_docker_wants_paths_below_where_it_starts() -> None:
     assert "is inside the container" in unsafe("docker", "/data/runs")
     assert unsafe("docker", "/data/runs", "s3://bucket/x") == ""
     assert unsafe("docker", "runs") == ""
+
+
+@pytest.mark.usefixtures("here")
+def test_memory_that_offloading_needs() -> None:
+    """7B with ZeRO-2 offloaded: 16 bytes a parameter, and two versions of the weights, lie in the node's memory."""
+    luffy = "configs/paper/luffy-qwen2.5-math-7b.yaml learner.ranks=1 learner.zero_stage=2 learner.offload=true"
+    words = f"{luffy} --for slurm --shared /s --gpus-per-node 8"
+    said = refused(f"{words} --memory-gib 64")
+    assert "RLKD-C447" in said
+    assert "a node with 1 learner rank needs" in said
+    (needed,) = re.findall(r"needs (\d+) GiB", said)
+    parameters = 7.6e9
+    assert int(needed) == pytest.approx((16 * parameters + 2 * 2 * parameters) / 2**30 + 4.75, abs=4)
+    assert invoke(f"{words} --memory-gib {needed}").exit_code == 0
 
 
 @pytest.mark.usefixtures("here")

@@ -1,5 +1,6 @@
 """Which nodes a recipe's actors need."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlkd.core.errors import ConfigError
-from rlkd.render.nodes import Layout, Machine, Needs, Packed, by_kind, packed
+from rlkd.render.nodes import Layout, Machine, Needs, Packed, by_kind, equal_node, packed
 
 NODE, SMALL = Machine(8, 64, 512), Machine(0, 8, 32)
 
@@ -111,3 +112,20 @@ def test_every_actor_has_its_gpus(
     if 0 < equal.stable < equal.nodes:
         assert workers * tensors + scorers <= (equal.nodes - equal.stable) * gpus
         assert workers + scorers + rewards <= (equal.nodes - equal.stable) * 30
+
+
+def test_nodes_of_ranks_have_the_memory_that_ranks_need() -> None:
+    """An optimizer that is offloaded lies in the node's memory, and 64 GiB a GPU are not always enough."""
+    plain = needs(2, 1)
+    heavy = replace(plain, rank_gib=100.0, node_gib=28.5)
+    machines = [k.machine for k in by_kind(heavy, NODE, SMALL).kinds]
+    assert machines == [Machine(2, 16, 229), Machine(1, 8, 64), SMALL]
+    assert by_kind(plain, NODE, SMALL).head.machine == Machine(2, 16, 128)
+    assert equal_node(heavy, NODE) == NODE
+    assert equal_node(replace(heavy, rank_gib=300.0), NODE).memory_gib == 629
+    whole = replace(needs(16, 1), rank_gib=100.0, node_gib=28.5)
+    assert [k.machine.memory_gib for k in by_kind(whole, NODE, SMALL).kinds] == [32, 829, 64, 32]
+    assert {k.machine.memory_gib for k in by_kind(replace(whole, shared=True), NODE, SMALL).kinds} == {829}
+    cpus = Needs((0.0, 0.0), (0.0,), (), 1, 1, rank_gib=10.0, node_gib=4.0)
+    assert [k.machine.memory_gib for k in by_kind(cpus, Machine(0, 4, 16), SMALL).kinds] == [24, 16, 16]
+    assert Needs.most([plain, heavy]).memory_gib(2) == 229

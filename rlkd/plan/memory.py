@@ -197,3 +197,11 @@ def writer(config: Config, shape: Shape, name: str, hardware: Hardware) -> Memor
 def published(config: Config, shape: Shape, hardware: Hardware) -> float:
     """Bytes of the two versions of the weights that lie in shared memory or on the shared disk."""
     return 2.0 * weight_size(config, hardware.gpu) * shape.parameters
+
+
+def learner_host(config: Config, shape: Shape, work: Work, hardware: Hardware) -> tuple[float, float]:
+    """Bytes of a node's own memory: for each learner rank on it, and for the node. The published weights lie there, and
+    under ZeRO-3 rank 0 holds all weights once more while it exports them."""
+    one = learner(config, shape, work, hardware)
+    whole = weight_size(config, hardware.gpu) * shape.parameters if zero_stage(config, hardware.gpu) == 3 else 0.0
+    return one.host_total if hardware.gpu else one.total, published(config, shape, hardware) + whole

@@ -46,9 +46,9 @@ class Job:
         return f"{plain[: LONGEST - 7].rstrip('-')}-{hashlib.blake2b(self.name.encode(), digest_size=3).hexdigest()}"
 
 
-def added(config: Config, platform: str, grace_s: int, wait_s: int) -> list[str]:
+def added(config: Config, platform: str, grace_s: int, wait_s: int, gpu: bool) -> list[str]:
     """Settings that the platform needs and the recipe does not say."""
-    more = []
+    more = ["model.device=cuda"] if gpu and config.model.device == "auto" else []  # `auto` takes what is there at first
     if platform in ("slurm", "docker") and config.preempt.grace_s is None:
         more.append(f"preempt.grace_s={grace_s}")  # Ray jobs are told by RAY_JOB_STOP_WAIT_TIME_S
     if platform != "docker" and config.ray.wait_s == RayConfig().wait_s:

@@ -9,7 +9,7 @@ Stable nodes carry the custom resource `stable`: by it rlkd finds them (workers/
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlkd.core.errors import ConfigError
 
@@ -35,6 +35,12 @@ class Needs:
     reward: int
     least_rollout: int  # the run goes on with so many rollout workers
     shared: bool = False  # all on the same GPUs: ray.share_gpus
+    rank_gib: float = 0.0  # of a node's own memory, for each learner rank on it,
+    node_gib: float = 0.0  # and for all of them together (plan/memory.py)
+
+    def memory_gib(self, ranks: int) -> int:
+        """What a node with so many learner ranks must have at least."""
+        return math.ceil(ranks * self.rank_gib + self.node_gib) if ranks else 0
 
     @classmethod
     def of(cls, bundles: Iterable[tuple[str, Mapping[str, float]]], least_rollout: int, shared: bool) -> "Needs":
@@ -55,7 +61,8 @@ class Needs:
 
         least = min(n.least_rollout for n in several)
         reward, shared = max(n.reward for n in several), any(n.shared for n in several)
-        return cls(longest("learner"), longest("rollout"), longest("scorer"), reward, least, shared)
+        memory = max(n.rank_gib for n in several), max(n.node_gib for n in several)
+        return cls(longest("learner"), longest("rollout"), longest("scorer"), reward, least, shared, *memory)
 
 
 @dataclass(frozen=True)
@@ -182,26 +189,28 @@ def _on_the_same(needs: Needs, node: Machine) -> Layout:
     """ray.share_gpus: everybody on the GPUs of the learner's ranks."""
     gpus = _whole(needs, node)
     words = f"{_words(needs, 'learner', 'rollout', 'scorer', 'reward')}, on the same GPUs"
-    head = Kind("head", f"the driver, {words}", 1, 1, _part(node, gpus), True)
+    head = Kind("head", f"the driver, {words}", 1, 1, _of_ranks(needs, node, gpus), True)
     more = math.ceil(gpus / node.gpus) - 1
-    return Layout((head, Kind("learner", "its other GPUs", more, more, node, True)) if more > 0 else (head,))
+    others = Kind("learner", "its other GPUs", more, more, _of_ranks(needs, node, gpus), True)
+    return Layout((head, others) if more > 0 else (head,))
 
 
 def _learners(needs: Needs, node: Machine, small: Machine) -> Iterable[Kind]:
     """The head, with all of the learner if one node holds it; else the head and whole nodes of ranks."""
     gpus = _whole(needs, node)
     if gpus <= node.gpus:
-        yield Kind("head", f"the driver, {_words(needs, 'learner')}", 1, 1, _part(node, gpus), True)
+        yield Kind("head", f"the driver, {_words(needs, 'learner')}", 1, 1, _of_ranks(needs, node, gpus), True)
         return
     yield Kind("head", "the driver", 1, 1, Machine(0, small.cpus, small.memory_gib), True)
     count = gpus // node.gpus
-    yield Kind("learner", _words(needs, "learner"), count, count, node, True)
+    yield Kind("learner", _words(needs, "learner"), count, count, _of_ranks(needs, node, gpus), True)
 
 
 def _without_gpus(needs: Needs, node: Machine) -> Layout:
     """A worker uses all cores of its node, so each rollout worker and scorer gets one."""
     rollout, scorer = len(needs.rollout), len(needs.scorer)
-    kinds = [Kind("head", f"the driver, {_words(needs, 'learner')}", 1, 1, node, True)]
+    head = replace(node, memory_gib=max(node.memory_gib, needs.memory_gib(len(needs.learner))))
+    kinds = [Kind("head", f"the driver, {_words(needs, 'learner')}", 1, 1, head, True)]
     if rollout:
         kinds.append(Kind("rollout", _words(needs, "rollout"), rollout, needs.least_rollout, node))
     if scorer:
@@ -239,6 +248,18 @@ def _fill(free: list[int], carried: Sequence[float], node: Machine) -> int:
         free[at] -= each
         first = min(first, at)
     return first
+
+
+def equal_node(needs: Needs, node: Machine) -> Machine:
+    """The node of which `packed` takes some, with memory for as many learner ranks as one may have."""
+    ranks = min(len(needs.learner), node.gpus) if node.gpus else len(needs.learner)
+    return replace(node, memory_gib=max(node.memory_gib, needs.memory_gib(ranks)))
+
+
+def _of_ranks(needs: Needs, node: Machine, gpus: int) -> Machine:
+    """As much of a node as so many ranks take, a GPU each; a whole one where it has fewer."""
+    part = _part(node, gpus)
+    return replace(part, memory_gib=max(part.memory_gib, needs.memory_gib(min(gpus, node.gpus))))
 
 
 def _part(node: Machine, gpus: int) -> Machine:
