@@ -7,7 +7,7 @@ import pytest
 from rlkd.core.errors import InfrastructureError, PreflightError
 from rlkd.submit import package
 from rlkd.submit.client import Options
-from tests.submit_help import FakeClient, code_of, ended, recipe, submission
+from tests.submit_help import FakeClient, code_of, ended, node, recipe, submission
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,41 @@ def test_a_stop_for_good_in_the_pause_counts_too(tmp_path: Path) -> None:
     run, _, _ = submission(client, tmp_path, lambda _: client.add("demo-1~stop", "PENDING"))
     assert run.run() == 75
     assert client.runs == ["demo-1"]
+
+
+def test_a_stop_for_good_while_it_waits_for_room_counts_too(tmp_path: Path) -> None:
+    client = FakeClient(ended(75, 4, "STOPPED"), nodes=lambda asked: [node(cpu=0.0 if asked > 1 else 4.0)])
+    waited: list[float] = []
+
+    def stops(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:  # the pause, and two rounds without room
+            client.add("demo-1~stop", "SUCCEEDED")
+
+    run, _, said = submission(client, tmp_path, stops)
+    assert run.run() == 75
+    assert client.runs == ["demo-1"]
+    assert client.probed == 3
+    assert "stopped demo for good" in said.text
+
+
+def test_a_stop_for_good_during_the_look_at_the_cluster_counts_too(tmp_path: Path) -> None:
+    def stopped(asked: int) -> object:
+        if asked == 2:
+            client.add("demo-1~stop", "SUCCEEDED")
+        return [node()]
+
+    client = FakeClient(ended(75, 4, "STOPPED"), ended(0, 9), nodes=stopped)
+    assert submission(client, tmp_path)[0].run() == 75
+    assert client.runs == ["demo-1"]
+
+
+def test_an_earlier_stop_for_good_does_not_bind_who_gives_the_command_again(tmp_path: Path) -> None:
+    client = FakeClient(ended(75, 5), ended(0, 9, "SUCCEEDED"))
+    client.add("demo-1", *ended(75, 4, "STOPPED"))
+    client.add("demo-1~stop", "SUCCEEDED")
+    assert submission(client, tmp_path)[0].run() == 0
+    assert client.runs == ["demo-1", "demo-2", "demo-3"]
 
 
 def test_ctrl_c_lets_go_and_says_how_to_go_on(tmp_path: Path) -> None:
