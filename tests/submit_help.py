@@ -53,6 +53,7 @@ class FakeClient:
         self.stopped: list[str] = []
         self.packages: list[set[str]] = []
         self.hiccups: list[BaseException] = []  # raised by the next tails, in the middle of the log
+        self.deaf: list[Exception] = []  # raised by the next questions for a job
 
     def submit_job(
         self, entrypoint: str, submission_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]
@@ -81,6 +82,8 @@ class FakeClient:
         self.logs[job_id] = log
 
     def get_job_info(self, job_id: str) -> Any:
+        if self.deaf:
+            raise self.deaf.pop(0)
         if job_id not in self.jobs:
             raise RuntimeError(f"Request failed with status code 404: {job_id} does not exist.")
         return self.jobs[job_id]

@@ -164,6 +164,52 @@ def test_stop_does_not_leave_a_job_running_in_silence() -> None:
     assert error.value.problems[0].code == "RLKD-I233"
 
 
+class NoSockets(Saves):
+    """Only HTTP comes through, and the save takes a moment."""
+
+    async def tail_job_logs(self, job_id: str) -> Any:
+        raise OSError("no WebSocket")
+        yield
+
+    def stop_job(self, job_id: str) -> bool:
+        self.later = super().get_job_info(job_id), ended(75, 5, "STOPPED")[2]
+        return FakeClient.stop_job(self, job_id)
+
+    def get_job_info(self, job_id: str) -> Any:
+        if self.stopped:
+            self.asked = getattr(self, "asked", 0) + 1
+            if self.asked == 2:
+                job, log = self.later
+                job.status, self.logs[job_id] = "STOPPED", self.logs[job_id] + "saving step 5\n" + log
+        return super().get_job_info(job_id)
+
+
+def test_stop_sees_the_save_without_the_logs_own_connection() -> None:
+    client = NoSockets()
+    client.add("demo-1", "RUNNING", None, "step 1/9\n", runtime_env=GRACE)
+    run, written, said = stopping(client)
+    assert run.run() == 0
+    assert written[0] == "saving step 5"
+    assert said[-1] == "demo-1: exit 75 (preempt); SIGTERM; saved: step 5"
+
+
+def test_stop_asks_once_more_before_it_says_that_a_job_still_runs() -> None:
+    """The dashboard was away until the time was up."""
+
+    class Away(NoSockets):
+        def get_job_info(self, job_id: str) -> Any:
+            found = super().get_job_info(job_id)
+            if self.stopped and self.asked == 1:
+                raise ConnectionError("gone")
+            return found
+
+    client = Away()
+    client.add("demo-1", "RUNNING", None, "", runtime_env=GRACE)
+    run, _, said = stopping(client)
+    assert replace(run, after_kill_s=0.0).run() == 0
+    assert said[-1] == "demo-1: exit 75 (preempt); SIGTERM; saved: step 5"
+
+
 def test_stop_of_a_job_that_was_killed_is_no_success() -> None:
     class Killed(FakeClient):
         def stop_job(self, job_id: str) -> bool:
