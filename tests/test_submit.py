@@ -7,7 +7,7 @@ import pytest
 from rlkd.core.errors import InfrastructureError, PreflightError
 from rlkd.submit import package
 from rlkd.submit.client import Options
-from tests.submit_help import FakeClient, code_of, ended, node, recipe, submission
+from tests.submit_help import NODE_DIED, FakeClient, code_of, ended, node, recipe, submission
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,43 @@ def test_a_job_that_was_killed_is_not_taken_for_one_that_saved(tmp_path: Path) -
     assert run.run() == 6
     assert "killed: it said nothing at its end" in said.text
     assert "--grace gives more" in said.text
+
+
+def test_a_driver_whose_node_died_is_submitted_again(tmp_path: Path) -> None:
+    lost = ("FAILED", None, "step 1/9\n", NODE_DIED, "JOB_SUPERVISOR_ACTOR_DIED")
+    client = FakeClient(lost, ended(75, 4), ended(0, 9, "SUCCEEDED"))
+    run, _, said = submission(client, tmp_path)
+    assert run.run() == 0
+    assert client.runs == ["demo-1", "demo-2", "demo-3"]
+    assert "demo-1: the driver's node was lost; Ray says: Job supervisor actor died: " in said.text
+    assert "Node Id: 6c0d the actor's node was preempted: spot; the last checkpoint stands" in said.text
+    assert "JobSupervisor" not in said.text
+    client = FakeClient(lost, lost)
+    run, _, _ = submission(client, tmp_path, options=Options(retries=1))
+    assert run.run() == 6
+    assert client.runs == ["demo-1", "demo-2"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "kind", "told"),
+    [
+        (None, "Job supervisor actor died: killed by the memory monitor", "JOB_SUPERVISOR_ACTOR_DIED", "memory"),
+        (None, "runtime_env setup failed: no such pip", "RUNTIME_ENV_SETUP_FAILURE", "no such pip"),
+        (-9, "Job entrypoint command failed with exit code -9, last available logs (truncated): because its node has "
+         "died", "JOB_ENTRYPOINT_COMMAND_ERROR", "exit code -9; the last"),
+    ],
+)  # fmt: skip
+def test_a_job_that_failed_without_an_exit_code_is_told_as_ray_does(
+    tmp_path: Path, code: int | None, message: str, kind: str, told: str
+) -> None:
+    client = FakeClient(("FAILED", code, "step 1/9\n", message, kind))
+    run, _, said = submission(client, tmp_path)
+    assert run.run() == 6
+    assert client.runs == ["demo-1"]
+    assert "demo-1: failed without a word of its own; Ray says: " in said.text
+    assert told in said.text
+    assert "--grace gives more" not in said.text
+    assert "The same rlkd submit command goes on with it" in said.text
 
 
 def test_the_retries_are_bounded(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rlkd.core.errors import ConfigError, InfrastructureError, PreflightError
 from rlkd.submit import control
 from rlkd.submit.control import Stopping
 from rlkd.submit.jobs import ENVIRONMENT, WAIT, Jobs, Unanswered, connect, within
-from tests.submit_help import FakeClient, Heard, ended
+from tests.submit_help import NODE_DIED, FakeClient, Heard, ended
 
 GRACE = {"env_vars": {WAIT: "0"}}
 
@@ -50,6 +50,15 @@ def test_status_of_a_run_tells_of_every_attempt() -> None:
     lines = said["text"].splitlines()
     assert "exit 75 (preempt); SIGTERM; saved: step 4" in lines[1]
     assert lines[2].endswith("step 7/9  reward 0.4")
+
+
+def test_status_says_what_ray_says_of_a_job_that_failed_in_silence() -> None:
+    client = FakeClient()
+    client.add("demo-1", "FAILED", message=NODE_DIED, error_type="JOB_SUPERVISOR_ACTOR_DIED")
+    client.add("demo-2", "FAILED", message="runtime_env setup failed: no such pip")
+    said = control.status(jobs(client), "demo")
+    assert "the driver's node was lost; Ray says: Job supervisor actor died" in said["text"]
+    assert said["attempts"][1]["says"].startswith("failed without a word of its own; Ray says: runtime_env setup fail")
 
 
 def test_status_without_a_name_tells_of_every_run() -> None:

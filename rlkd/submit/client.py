@@ -2,6 +2,7 @@
 
 exit 0        done
 exit 75       saved and interrupted: submitted again after a pause, so many times; not after `rlkd stop --for-good`
+no exit code  the same if Ray says that the driver's node died
 anything else the job stays ended; its exit.json is shown, and its exit code is the client's
 Ctrl-C        the client lets go; the job goes on
 """
@@ -86,7 +87,7 @@ class Submission:
             if self.options.detach:
                 self.say(f"{job.id} goes on by itself, and nobody submits it again; {self._how()}")
                 return OK
-            end = self._follow(job)
+            job, end = self._follow(job)
             if (code := self._outcome(job, end, retry)) is not None:
                 return code
             self._pause()
@@ -199,11 +200,12 @@ class Submission:
             self.say(f"waiting for room: {missing}")
             self.sleep(max(self.options.pause_s, 1.0))
 
-    def _follow(self, job: Job) -> Ending:
+    def _follow(self, job: Job) -> tuple[Job, Ending]:
+        """The job as it is at its end, and how it ended."""
         follower = Follower(self.jobs, job.id, self.write, self.say)
         over = follower.run()
         assert over is not None  # it has no time limit
-        return follower.ending(over)
+        return over, follower.ending(over)
 
     def _outcome(self, job: Job, end: Ending, retry: int) -> int | None:
         """The exit code, or None if the run is to be submitted again."""
@@ -228,10 +230,8 @@ class Submission:
         if hint:
             self.say(f"  = {hint}")
         if end.code is None:
-            grace_s = job.stop_wait_s
-            self.say(
-                f"  = if it was asked to stop: a save did not end in {grace_s} s; --grace gives more. {self._same()}"
-            )
+            saving = f"if it was asked to stop: a save did not end in {job.stop_wait_s} s; --grace gives more. "
+            self.say(f"  = {saving if job.status == 'STOPPED' else ''}{self._same()}")
         self.say(f"the whole log: rlkd logs {job.id} --ray {self.jobs.address}")
         return end.exit_code()
 
