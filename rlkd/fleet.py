@@ -24,7 +24,7 @@ from rlkd.train.traces import LiveTraces
 from rlkd.workers import cluster
 from rlkd.workers.learner import LearnerGroup
 from rlkd.workers.learner import spawner as learner_spawner
-from rlkd.workers.placement import Placement
+from rlkd.workers.placement import PATIENT_S, Placement
 from rlkd.workers.pool import Pool, PoolOptions
 from rlkd.workers.reward import RewardPool, WorkerOptions
 from rlkd.workers.rollout import spawner
@@ -182,16 +182,18 @@ class _Builder:
         return LiveTraces(writers, read, verify, path, most, self.read.context, success, self.tell)
 
     def _gpu(self) -> bool:
-        """Whether the roles get GPUs. PreflightError if GPUs are asked for and the cluster has none."""
-        found = ray.cluster_resources().get("GPU", 0) > 0
-        if self.config.model.device == "cuda" and not found:
+        """Whether the roles get GPUs. PreflightError if GPUs are asked for, the cluster has none, and the run does not
+        wait for nodes: an autoscaler that has none yet must see that they are wanted."""
+        found, device = ray.cluster_resources().get("GPU", 0) > 0, self.config.model.device
+        if device == "cuda" and not found and self.config.ray.wait_s < PATIENT_S:
             raise PreflightError(
                 "RLKD-E021",
                 "model.device=cuda, but no node of the cluster has a GPU",
                 where="model.device",
-                fix="set model.device=cpu (or auto), or join a cluster with GPUs (ray.address)",
+                fix="set model.device=cpu (or auto), or join a cluster with GPUs (ray.address); ray.wait_s=900 lets "
+                "the run wait for an autoscaler",
             )
-        return found and self.config.model.device != "cpu"
+        return device == "cuda" or (found and device != "cpu")
 
     def _model_options(self, path: str) -> dict[str, Any]:
         m = self.config.model

@@ -29,9 +29,9 @@ from rlkd.submit.grace import stop_s
 from rlkd.submit.jobs import WAIT, Job, Jobs, NoSuchJob, Unanswered
 from rlkd.submit.package import Package
 from rlkd.submit.preflight import Cluster
+from rlkd.workers.placement import PATIENT_S
 
 LONGEST_PAUSE_S = 300.0
-WAITS_ITSELF_S = 60.0  # a run with a longer ray.wait_s waits for nodes itself, and an autoscaler sees what it wants
 Say = Callable[[str], None]
 Result = TypeVar("Result")
 
@@ -66,6 +66,7 @@ class Submission:
     sleep: Callable[[float], None] = time.sleep
     last: Ending | None = field(default=None, init=False)  # of the attempt before
     idle: int = field(default=0, init=False)  # attempts in a row that saved nothing new
+    gpu: bool = field(default=False, init=False)  # an attempt was planned on GPUs, and none goes on without
 
     @property
     def name(self) -> str:
@@ -146,6 +147,7 @@ class Submission:
         number = 1 + max((job.number for job in attempts), default=0)
         if self.last is None and attempts:
             self.last = ended(self.jobs, attempts[-1])
+        self.gpu = self.gpu or preflight.had_gpu(attempts)
         previous = attempts[-1] if retry and attempts else None
         with self._runtime_env() as runtime_env:
             cluster = self._room(runtime_env, retry > 0, previous)
@@ -153,10 +155,11 @@ class Submission:
             run = Path(self.package.run_folder)
             grace_s, why = stop_s(self.stages, options.grace_s, cluster.config, run, self.last)
             runtime_env["env_vars"][WAIT] = str(grace_s)
+            self.gpu = self.gpu or preflight.gives_gpu(cluster, self.stages)
             told = {"rlkd": "run", "rlkd_package": self.package.digest, "rlkd_by": who(),
                     "rlkd_retries": str(0 if options.detach else options.retries - retry)}  # fmt: skip
             self._unless_last(previous)
-            self.jobs.submit(job_id, self._entrypoint(), runtime_env, told)
+            self.jobs.submit(job_id, self._entrypoint(), runtime_env, told | ({preflight.GPU: "1"} if self.gpu else {}))
         which = f"attempt {number}" + (f" (retry {retry} of {options.retries})" if retry else "")
         self.say(f"job {job_id}  {which}   stop grace {grace_s} s ({why})   {self.jobs.dashboard(job_id)}")
         return self._patient(lambda: self.jobs.get(job_id))
@@ -170,7 +173,8 @@ class Submission:
 
     def _entrypoint(self) -> str:
         words = [self.options.python, "-m", "rlkd.submit.entry", self.package.run_folder, self.package.recipe]
-        return f"exec {shlex.join([*words, *self.package.overrides])}"
+        more = preflight.on_gpu(self.stages) if self.gpu else []  # not of the package: it is the same one
+        return f"exec {shlex.join([*words, *self.package.overrides, *more])}"
 
     def _room(self, runtime_env: Mapping[str, Any], waits: bool, previous: Job | None) -> Cluster:
         """The cluster, with room for the run. The first attempt is refused without; later ones wait for nodes to come
@@ -181,12 +185,12 @@ class Submission:
         while True:
             self._unless_last(previous)
             cluster = preflight.asked(self.jobs, self.name, self.package, runtime_env, self.options.python, self.say)
-            fits = preflight.judged(cluster, configs, self.package, self.jobs.address)
-            missing = preflight.short(cluster, configs)
+            fits = preflight.judged(cluster, configs, self.package, self.jobs.address, self.gpu)
+            missing = preflight.short(cluster, configs, self.gpu)
             if missing is None:
                 self.say(fits)
                 return cluster
-            if patience >= WAITS_ITSELF_S:
+            if patience >= PATIENT_S:
                 self.say(f"preflight on the cluster: {missing}; the run will wait {patience:.0f} s for it (ray.wait_s)")
                 return cluster
             if not waits or time.monotonic() - began > self.options.patience_s:
@@ -195,7 +199,8 @@ class Submission:
                     f"the cluster has no room for this run: {missing}",
                     where=self.jobs.address,
                     fix="fewer sampler.workers or learner.ranks, or more nodes; ray.wait_s=900 lets the run wait for "
-                    "an autoscaler; `rlkd status` shows what else runs there",
+                    "an autoscaler; `rlkd status` shows what else runs there"
+                    + ("; model.device=cpu goes on without GPUs" if self.gpu and not cluster.gpu else ""),
                 )
             self.say(f"waiting for room: {missing}")
             self.sleep(max(self.options.pause_s, 1.0))

@@ -33,6 +33,7 @@ log = logging.getLogger("rlkd.workers")
 CPU_SHARE = 0.1  # without GPUs the roles take turns on the same cores; workers/threads.py divides the real threads
 A_LITTLE = 0.001  # of the resource that marks a node: enough for a thousand ranks on one
 NODE = "ray.io/node-id"  # Ray labels every node with it
+PATIENT_S = 60.0  # a run with a longer ray.wait_s waits for nodes itself, and an autoscaler sees what it wants
 LOOK_S, SOON_S = 2.0, 0.1  # between two looks for a place; while the run starts
 
 
