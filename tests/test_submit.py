@@ -90,6 +90,31 @@ def test_a_job_that_failed_without_an_exit_code_is_told_as_ray_does(
     assert "The same rlkd submit command goes on with it" in said.text
 
 
+NO_ROOM = "RLKD-E020: the cluster cannot place this run within 10 s: 2 GPU needed"
+
+
+def test_a_retry_whose_nodes_went_before_it_had_its_places_is_tried_again(tmp_path: Path) -> None:
+    script = [ended(75, 4), ended(3, 4, cause=NO_ROOM), ended(3, 4, cause="RLKD-E021: no node has a GPU")]
+    client, pauses = FakeClient(*script, ended(0, 9, "SUCCEEDED")), list[float]()
+    run, _, said = submission(client, tmp_path, pauses.append)
+    assert run.run() == 0
+    assert client.runs == ["demo-1", "demo-2", "demo-3", "demo-4"]
+    assert pauses == [10.0, 20.0, 40.0]
+    assert f"demo-2: exit 3 (config); {NO_ROOM}; saved: step 4" in said
+    client = FakeClient(*script)
+    assert submission(client, tmp_path, options=Options(retries=2))[0].run() == 3
+    assert client.runs == ["demo-1", "demo-2", "demo-3"]
+
+
+def test_a_first_attempt_without_room_and_a_retry_with_another_error_are_not(tmp_path: Path) -> None:
+    client = FakeClient(ended(3, None, cause=NO_ROOM))
+    assert submission(client, tmp_path)[0].run() == 3
+    assert client.runs == ["demo-1"]
+    client = FakeClient(ended(75, 4), ended(3, 4, cause="RLKD-E024: not shared; RLKD-E020: never"))
+    assert submission(client, tmp_path)[0].run() == 3
+    assert client.runs == ["demo-1", "demo-2"]
+
+
 def test_the_retries_are_bounded(tmp_path: Path) -> None:
     client = FakeClient(*[ended(75, 4)] * 3)
     run, _, said = submission(client, tmp_path, options=Options(retries=2))

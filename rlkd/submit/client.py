@@ -3,6 +3,7 @@
 exit 0        done
 exit 75       saved and interrupted: submitted again after a pause, so many times; not after `rlkd stop --for-good`
 no exit code  the same if Ray says that the driver's node died
+no room       the same of a retry whose nodes went away before it had its places (E020, E021)
 anything else the job stays ended; its exit.json is shown, and its exit code is the client's
 Ctrl-C        the client lets go; the job goes on
 """
@@ -215,10 +216,11 @@ class Submission:
     def _outcome(self, job: Job, end: Ending, retry: int) -> int | None:
         """The exit code, or None if the run is to be submitted again."""
         before = None if self.last is None else self.last.saved()
-        self.idle = self.idle + 1 if end.again and end.saved() == before else 0
+        again = end.again or (retry > 0 and end.no_room)
+        self.idle = self.idle + 1 if again and end.saved() == before else 0
         self.last = end
         self.say(f"{job.id}: {end.words()}")
-        if not end.again:
+        if not again:
             return self._shown(job, end)
         if self._is_last(job):
             return self._stopped(end)

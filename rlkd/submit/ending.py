@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlkd.core.errors import INFRASTRUCTURE, OK, RESUBMIT
+from rlkd.core.errors import INFRASTRUCTURE, OK, PREFLIGHT, RESUBMIT
 from rlkd.submit.jobs import Job
 
 MARK = "[rlkd-exit] "
@@ -18,6 +18,7 @@ _PRINTED = re.compile(r"\((?:\w+, )?exit (\d+)\)")
 _NODE_DIED = "because its node has died"  # what Ray's GCS says of an actor then, also where the node was preempted
 _NOISE = re.compile(r"^\s*(class_name|actor_id|pid|name|namespace): ")  # lines of that message that help nobody
 _LOG = ", last available logs"  # Ray puts the log's end behind it, which is in the log too
+_NO_ROOM = ("RLKD-E020:", "RLKD-E021:")  # how exit.json's `cause` begins where the cluster could not place the run
 SAID = 300  # characters of Ray's reason
 LINES = 30  # from the end, where `rlkd train` says its exit code
 
@@ -37,6 +38,11 @@ class Ending:
     def again(self) -> bool:
         """Whether the same command goes on with it, elsewhere or later."""
         return self.code == RESUBMIT or self.node_lost
+
+    @property
+    def no_room(self) -> bool:
+        """Whether the driver found no place for the run: after an attempt that had one, a node was lost meanwhile."""
+        return self.code == PREFLIGHT and str((self.record or {}).get("cause")).startswith(_NO_ROOM)
 
     def saved(self) -> int | None:
         step = (self.record or {}).get("saved")
