@@ -60,7 +60,8 @@ class Site:
             folders |= {node: self.published for role, node in where.items() if role.startswith("rollout-")}
         folders |= {node: self.directory for role, node in where.items() if role.startswith("learner-")}
         new = {node: folder for node, folder in folders.items() if (node, folder) not in self._checked}
-        await survey(new, own)
+        for name in await survey(new, own):
+            self.tell("nodes", f"node {name} went away while it was looked at: who was to be there waits for another")
         self._checked |= set(new.items())
 
     async def seated(self, role: str) -> None:

@@ -17,7 +17,13 @@ from rlkd.submit.ending import line
 from rlkd.submit.jobs import Jobs
 from rlkd.submit.package import packed
 
-Ended = tuple[str, int | None, str]  # status, exit code, log
+# status, exit code, log; and what Ray says of it: its message, its JobErrorType
+Ended = tuple[str, int | None, str] | tuple[str, int | None, str, str, str]
+NODE_DIED = (
+    "Job supervisor actor died: The actor died unexpectedly before finishing this task.\n"
+    "\tclass_name: JobSupervisor\n\tactor_id: 4d1f\n\tname: _ray_internal_job_actor_demo-1\n\tip: 10.0.0.7\n"
+    "The actor died because its node has died. Node Id: 6c0d\n\tthe actor's node was preempted: spot\n"
+)
 
 
 def ended(code: int, saved: int | None, status: str = "FAILED", **record: Any) -> Ended:
@@ -53,6 +59,7 @@ class FakeClient:
         self.stopped: list[str] = []
         self.packages: list[set[str]] = []
         self.hiccups: list[BaseException] = []  # raised by the next tails, in the middle of the log
+        self.deaf: list[Exception] = []  # raised by the next questions for a job
 
     def submit_job(
         self, entrypoint: str, submission_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]
@@ -66,21 +73,23 @@ class FakeClient:
             nodes = self.nodes(self.probed) if callable(self.nodes) else self.nodes
             self.logs[submission_id] = probe.MARK + json.dumps({**self.said, "nodes": nodes}) + "\n"
         elif "rlkd.submit.entry" in entrypoint:
-            status, code, log = self.script.pop(0)
-            self.add(submission_id, status, code, log, runtime_env, metadata, entrypoint)
+            status, code, log, *why = self.script.pop(0)
+            self.add(submission_id, status, code, log, runtime_env, metadata, entrypoint, *why)
         return submission_id
 
     def add(
         self, job_id: str, status: str, code: int | None = None, log: str = "", runtime_env: Any = None,
-        metadata: Any = None, entrypoint: str = "",
+        metadata: Any = None, entrypoint: str = "", message: str = "", error_type: str | None = None,
     ) -> None:  # fmt: skip
         self.jobs[job_id] = SimpleNamespace(
-            submission_id=job_id, status=status, driver_exit_code=code, message="", start_time=1000, end_time=61000,
-            metadata=metadata, runtime_env=runtime_env, entrypoint=entrypoint,
+            submission_id=job_id, status=status, driver_exit_code=code, message=message, error_type=error_type,
+            start_time=1000, end_time=61000, metadata=metadata, runtime_env=runtime_env, entrypoint=entrypoint,
         )  # fmt: skip
         self.logs[job_id] = log
 
     def get_job_info(self, job_id: str) -> Any:
+        if self.deaf:
+            raise self.deaf.pop(0)
         if job_id not in self.jobs:
             raise RuntimeError(f"Request failed with status code 404: {job_id} does not exist.")
         return self.jobs[job_id]

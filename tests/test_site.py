@@ -1,10 +1,14 @@
 """What is known of a cluster before anything starts: places, words, packages, shared folders. Without Ray."""
 
+import asyncio
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from rlkd.config.load import load
 from rlkd.core.errors import ConfigError, PreflightError
@@ -96,6 +100,51 @@ def test_other_packages_are_named_with_both_versions() -> None:
         "vllm is not installed there, 0.32 here"
     )
     assert survey.packages().keys() >= {"python", "ray", "torch"}
+
+
+class Cluster:
+    """Two nodes, of which SPOT answers with an error, and is alive so many times more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> None:
+        self.times = times
+
+        def task(_: object) -> object:
+            failed: Future[object] = Future()
+            failed.set_exception(error)
+            made = SimpleNamespace(remote=lambda *_: SimpleNamespace(future=lambda: failed))
+            return SimpleNamespace(options=lambda **_: made)
+
+        monkeypatch.setattr(survey.ray, "remote", task)
+        monkeypatch.setattr(survey, "alive", self.alive)
+        monkeypatch.setattr(survey, "AGAIN_S", 0.0)
+        monkeypatch.setattr(survey, "GONE_S", 0.5)
+
+    def alive(self) -> list[Node]:
+        self.times -= 1
+        return [HEAD, SPOT] if self.times >= 0 else [HEAD]
+
+
+@pytest.mark.parametrize("times", [1, 3])  # Ray may take a moment to see it
+def test_a_node_that_goes_while_it_is_looked_at_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    Cluster(monkeypatch, WorkerCrashedError(), times)
+    folders = {HEAD.id: None, SPOT.id: tmp_path}
+    assert asyncio.run(survey.survey(folders, HEAD.id)) == [SPOT.name]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_that_stays_and_does_not_answer_cannot_run_rlkd(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cluster(monkeypatch, WorkerCrashedError(), 10**6)
+    with pytest.raises(PreflightError, match=r"RLKD-E026.*WorkerCrashedError"):
+        asyncio.run(survey.survey({SPOT.id: None}, HEAD.id))
+
+
+def test_a_node_that_answers_with_an_error_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch, RayTaskError("look", "trace", ModuleNotFoundError("rlkd")), 1)
+    with pytest.raises(PreflightError, match=r"RLKD-E026.*ModuleNotFoundError: rlkd"):
+        asyncio.run(survey.survey({SPOT.id: None}, HEAD.id))
+    assert cluster.times == 0
 
 
 @pytest.mark.parametrize(

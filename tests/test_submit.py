@@ -7,7 +7,7 @@ import pytest
 from rlkd.core.errors import InfrastructureError, PreflightError
 from rlkd.submit import package
 from rlkd.submit.client import Options
-from tests.submit_help import FakeClient, code_of, ended, recipe, submission
+from tests.submit_help import NODE_DIED, FakeClient, code_of, ended, node, recipe, submission
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,68 @@ def test_a_job_that_was_killed_is_not_taken_for_one_that_saved(tmp_path: Path) -
     assert "--grace gives more" in said.text
 
 
+def test_a_driver_whose_node_died_is_submitted_again(tmp_path: Path) -> None:
+    lost = ("FAILED", None, "step 1/9\n", NODE_DIED, "JOB_SUPERVISOR_ACTOR_DIED")
+    client = FakeClient(lost, ended(75, 4), ended(0, 9, "SUCCEEDED"))
+    run, _, said = submission(client, tmp_path)
+    assert run.run() == 0
+    assert client.runs == ["demo-1", "demo-2", "demo-3"]
+    assert "demo-1: the driver's node was lost; Ray says: Job supervisor actor died: " in said.text
+    assert "Node Id: 6c0d the actor's node was preempted: spot; the last checkpoint stands" in said.text
+    assert "JobSupervisor" not in said.text
+    client = FakeClient(lost, lost)
+    run, _, _ = submission(client, tmp_path, options=Options(retries=1))
+    assert run.run() == 6
+    assert client.runs == ["demo-1", "demo-2"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "kind", "told"),
+    [
+        (None, "Job supervisor actor died: killed by the memory monitor", "JOB_SUPERVISOR_ACTOR_DIED", "memory"),
+        (None, "runtime_env setup failed: no such pip", "RUNTIME_ENV_SETUP_FAILURE", "no such pip"),
+        (-9, "Job entrypoint command failed with exit code -9, last available logs (truncated): because its node has "
+         "died", "JOB_ENTRYPOINT_COMMAND_ERROR", "exit code -9; the last"),
+    ],
+)  # fmt: skip
+def test_a_job_that_failed_without_an_exit_code_is_told_as_ray_does(
+    tmp_path: Path, code: int | None, message: str, kind: str, told: str
+) -> None:
+    client = FakeClient(("FAILED", code, "step 1/9\n", message, kind))
+    run, _, said = submission(client, tmp_path)
+    assert run.run() == 6
+    assert client.runs == ["demo-1"]
+    assert "demo-1: failed without a word of its own; Ray says: " in said.text
+    assert told in said.text
+    assert "--grace gives more" not in said.text
+    assert "The same rlkd submit command goes on with it" in said.text
+
+
+NO_ROOM = "RLKD-E020: the cluster cannot place this run within 10 s: 2 GPU needed"
+
+
+def test_a_retry_whose_nodes_went_before_it_had_its_places_is_tried_again(tmp_path: Path) -> None:
+    script = [ended(75, 4), ended(3, 4, cause=NO_ROOM), ended(3, 4, cause="RLKD-E021: no node has a GPU")]
+    client, pauses = FakeClient(*script, ended(0, 9, "SUCCEEDED")), list[float]()
+    run, _, said = submission(client, tmp_path, pauses.append)
+    assert run.run() == 0
+    assert client.runs == ["demo-1", "demo-2", "demo-3", "demo-4"]
+    assert pauses == [10.0, 20.0, 40.0]
+    assert f"demo-2: exit 3 (config); {NO_ROOM}; saved: step 4" in said
+    client = FakeClient(*script)
+    assert submission(client, tmp_path, options=Options(retries=2))[0].run() == 3
+    assert client.runs == ["demo-1", "demo-2", "demo-3"]
+
+
+def test_a_first_attempt_without_room_and_a_retry_with_another_error_are_not(tmp_path: Path) -> None:
+    client = FakeClient(ended(3, None, cause=NO_ROOM))
+    assert submission(client, tmp_path)[0].run() == 3
+    assert client.runs == ["demo-1"]
+    client = FakeClient(ended(75, 4), ended(3, 4, cause="RLKD-E024: not shared; RLKD-E020: never"))
+    assert submission(client, tmp_path)[0].run() == 3
+    assert client.runs == ["demo-1", "demo-2"]
+
+
 def test_the_retries_are_bounded(tmp_path: Path) -> None:
     client = FakeClient(*[ended(75, 4)] * 3)
     run, _, said = submission(client, tmp_path, options=Options(retries=2))
@@ -82,6 +144,41 @@ def test_a_stop_for_good_in_the_pause_counts_too(tmp_path: Path) -> None:
     run, _, _ = submission(client, tmp_path, lambda _: client.add("demo-1~stop", "PENDING"))
     assert run.run() == 75
     assert client.runs == ["demo-1"]
+
+
+def test_a_stop_for_good_while_it_waits_for_room_counts_too(tmp_path: Path) -> None:
+    client = FakeClient(ended(75, 4, "STOPPED"), nodes=lambda asked: [node(cpu=0.0 if asked > 1 else 4.0)])
+    waited: list[float] = []
+
+    def stops(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:  # the pause, and two rounds without room
+            client.add("demo-1~stop", "SUCCEEDED")
+
+    run, _, said = submission(client, tmp_path, stops)
+    assert run.run() == 75
+    assert client.runs == ["demo-1"]
+    assert client.probed == 3
+    assert "stopped demo for good" in said.text
+
+
+def test_a_stop_for_good_during_the_look_at_the_cluster_counts_too(tmp_path: Path) -> None:
+    def stopped(asked: int) -> object:
+        if asked == 2:
+            client.add("demo-1~stop", "SUCCEEDED")
+        return [node()]
+
+    client = FakeClient(ended(75, 4, "STOPPED"), ended(0, 9), nodes=stopped)
+    assert submission(client, tmp_path)[0].run() == 75
+    assert client.runs == ["demo-1"]
+
+
+def test_an_earlier_stop_for_good_does_not_bind_who_gives_the_command_again(tmp_path: Path) -> None:
+    client = FakeClient(ended(75, 5), ended(0, 9, "SUCCEEDED"))
+    client.add("demo-1", *ended(75, 4, "STOPPED"))
+    client.add("demo-1~stop", "SUCCEEDED")
+    assert submission(client, tmp_path)[0].run() == 0
+    assert client.runs == ["demo-1", "demo-2", "demo-3"]
 
 
 def test_ctrl_c_lets_go_and_says_how_to_go_on(tmp_path: Path) -> None:

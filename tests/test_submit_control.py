@@ -11,7 +11,7 @@ from rlkd.core.errors import ConfigError, InfrastructureError, PreflightError
 from rlkd.submit import control
 from rlkd.submit.control import Stopping
 from rlkd.submit.jobs import ENVIRONMENT, WAIT, Jobs, Unanswered, connect, within
-from tests.submit_help import FakeClient, Heard, ended
+from tests.submit_help import NODE_DIED, FakeClient, Heard, ended
 
 GRACE = {"env_vars": {WAIT: "0"}}
 
@@ -50,6 +50,15 @@ def test_status_of_a_run_tells_of_every_attempt() -> None:
     lines = said["text"].splitlines()
     assert "exit 75 (preempt); SIGTERM; saved: step 4" in lines[1]
     assert lines[2].endswith("step 7/9  reward 0.4")
+
+
+def test_status_says_what_ray_says_of_a_job_that_failed_in_silence() -> None:
+    client = FakeClient()
+    client.add("demo-1", "FAILED", message=NODE_DIED, error_type="JOB_SUPERVISOR_ACTOR_DIED")
+    client.add("demo-2", "FAILED", message="runtime_env setup failed: no such pip")
+    said = control.status(jobs(client), "demo")
+    assert "the driver's node was lost; Ray says: Job supervisor actor died" in said["text"]
+    assert said["attempts"][1]["says"].startswith("failed without a word of its own; Ray says: runtime_env setup fail")
 
 
 def test_status_without_a_name_tells_of_every_run() -> None:
@@ -162,6 +171,52 @@ def test_stop_does_not_leave_a_job_running_in_silence() -> None:
     with pytest.raises(InfrastructureError, match="demo-1 is RUNNING 0 s after it was asked") as error:
         replace(run, after_kill_s=0.3).run()
     assert error.value.problems[0].code == "RLKD-I233"
+
+
+class NoSockets(Saves):
+    """Only HTTP comes through, and the save takes a moment."""
+
+    async def tail_job_logs(self, job_id: str) -> Any:
+        raise OSError("no WebSocket")
+        yield
+
+    def stop_job(self, job_id: str) -> bool:
+        self.later = super().get_job_info(job_id), ended(75, 5, "STOPPED")[2]
+        return FakeClient.stop_job(self, job_id)
+
+    def get_job_info(self, job_id: str) -> Any:
+        if self.stopped:
+            self.asked = getattr(self, "asked", 0) + 1
+            if self.asked == 2:
+                job, log = self.later
+                job.status, self.logs[job_id] = "STOPPED", self.logs[job_id] + "saving step 5\n" + log
+        return super().get_job_info(job_id)
+
+
+def test_stop_sees_the_save_without_the_logs_own_connection() -> None:
+    client = NoSockets()
+    client.add("demo-1", "RUNNING", None, "step 1/9\n", runtime_env=GRACE)
+    run, written, said = stopping(client)
+    assert run.run() == 0
+    assert written[0] == "saving step 5"
+    assert said[-1] == "demo-1: exit 75 (preempt); SIGTERM; saved: step 5"
+
+
+def test_stop_asks_once_more_before_it_says_that_a_job_still_runs() -> None:
+    """The dashboard was away until the time was up."""
+
+    class Away(NoSockets):
+        def get_job_info(self, job_id: str) -> Any:
+            found = super().get_job_info(job_id)
+            if self.stopped and self.asked == 1:
+                raise ConnectionError("gone")
+            return found
+
+    client = Away()
+    client.add("demo-1", "RUNNING", None, "", runtime_env=GRACE)
+    run, _, said = stopping(client)
+    assert replace(run, after_kill_s=0.0).run() == 0
+    assert said[-1] == "demo-1: exit 75 (preempt); SIGTERM; saved: step 5"
 
 
 def test_stop_of_a_job_that_was_killed_is_no_success() -> None:

@@ -18,13 +18,14 @@ def test_hiccups_of_the_dashboard_lose_no_line_and_repeat_none() -> None:
     client = FakeClient()
     lines = [f"step {i}/9" for i in range(1, 10)]
     client.add("demo-1", "SUCCEEDED", 0, "\n".join(lines))
-    client.hiccups = [ConnectionError("gone"), RuntimeError("WebSocket connection closed unexpectedly"), OSError("no")]
+    client.hiccups = [ConnectionError("cut"), RuntimeError("WebSocket connection closed unexpectedly"), OSError("no")]
+    client.deaf = [ConnectionError("gone"), RuntimeError("status code 502"), OSError("no")]
     run, written, said = follower(client)
     job = run.run()
     assert job is not None
     assert job.status == "SUCCEEDED"
     assert written == lines
-    assert len([line for line in said if "does not answer (gone)" in line]) == 1
+    assert len([line for line in said if "does not answer (the state of demo-1: gone)" in line]) == 1
     assert "answers again" in said.text
 
 
@@ -51,11 +52,54 @@ def test_a_connection_that_ends_too_early_each_time_is_no_end() -> None:
 def test_a_dashboard_that_stays_away_is_told() -> None:
     client = FakeClient()
     client.add("demo-1", "RUNNING", None, "step 1/9\n" * 9)
-    client.hiccups = [ConnectionError("gone")] * 3
+    client.hiccups, client.deaf = [ConnectionError("cut")] * 3, [ConnectionError("gone")] * 3
     run, _, _ = follower(client, patience_s=-1.0)
     with pytest.raises(InfrastructureError, match="nobody knows how demo-1 is") as error:
         run.run()
     assert code_of(error) == "RLKD-I230"
+
+
+class NoSockets(FakeClient):
+    """Behind something that lets HTTP through and no WebSocket. The job does a step whenever its log is asked for."""
+
+    async def tail_job_logs(self, job_id: str):  # type: ignore[no-untyped-def,override]
+        raise OSError("certificate verify failed")
+        yield
+
+    def get_job_logs(self, job_id: str) -> str:
+        found = super().get_job_logs(job_id)
+        done = found.count("step") + 1
+        self.logs[job_id] += f"step {done}/9\n"
+        if done == 5:
+            self.jobs[job_id].status = "SUCCEEDED"
+        return found
+
+
+def test_a_log_without_its_own_connection_is_asked_for() -> None:
+    client = NoSockets()
+    client.add("demo-1", "RUNNING", None, "")
+    run, written, said = follower(client, patience_s=-1.0)
+    job = run.run()
+    assert job is not None
+    assert job.over
+    assert written == [f"step {i}/9" for i in range(1, 6)]
+    assert said == [
+        "the log's own connection fails (certificate verify failed): the log is asked for now and then instead"
+    ]
+
+
+def test_it_does_not_ask_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, pauses = NoSockets(), list[float]()
+    client.add("demo-1", "RUNNING", None, "")
+
+    async def slept(seconds: float) -> None:
+        pauses.append(seconds)
+
+    run, _, _ = follower(client)
+    monkeypatch.setattr("rlkd.submit.follow.asyncio.sleep", slept)
+    run.again_s = 2.0
+    run.run()
+    assert pauses == [4.0, 8.0, 10.0, 10.0, 10.0]  # never longer than where the connection is quiet
 
 
 def test_a_cluster_that_was_started_anew_is_told() -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from rlkd.config.stages import load
 from rlkd.core.errors import PreflightError, RlkdError
-from rlkd.submit import package
+from rlkd.submit import package, preflight
 from rlkd.submit.client import Options, environment
 from rlkd.submit.jobs import WAIT
 from tests.submit_help import FakeClient, code_of, ended, node, submission, versions
@@ -56,6 +57,47 @@ def test_an_attempt_that_follows_another_waits_for_nodes_and_says_so(tmp_path: P
     assert run.run() == 0
     assert client.probed == 4
     assert len([line for line in said if line.startswith("waiting for room: needs")]) == 2
+
+
+GPUS, NONE = [node(cpu=8.0, gpu=2.0)], [node(cpu=8.0)]
+
+
+def test_an_attempt_that_had_gpus_waits_for_gpus(tmp_path: Path) -> None:
+    """The last GPU node was taken: the head's CPUs are no place to go on."""
+    client = FakeClient(ended(75, 4), ended(0, 9, "SUCCEEDED"), nodes=lambda asked: NONE if asked == 2 else GPUS)
+    run, _, said = submission(client, tmp_path)
+    assert run.run() == 0
+    assert "waiting for room: needs 2 GPU, 3 CPU; missing: 2 GPU more" in said.text
+    assert [client.jobs[name].entrypoint.endswith(" model.device=cuda") for name in client.runs] == [True, True]
+    assert len({client.jobs[name].metadata["rlkd_package"] for name in client.runs}) == 1  # E237 does not see it
+
+
+def test_a_later_client_knows_that_the_run_had_gpus(tmp_path: Path) -> None:
+    client = FakeClient(ended(75, 4), ended(0, 9, "SUCCEEDED"), nodes=GPUS)
+    submission(client, tmp_path, options=Options(retries=0))[0].run()
+    client.nodes = NONE
+    run, _, _ = submission(client, tmp_path, options=Options(retries=0))
+    with pytest.raises(PreflightError, match="missing: 2 GPU more") as error:
+        run.run()
+    assert code_of(error) == "RLKD-E232"
+    assert "model.device=cpu goes on without GPUs" in str(error.value)
+    run, _, _ = submission(client, tmp_path, model={"device": "cpu"})
+    assert run.run() == 0
+    assert "cuda" not in client.jobs["demo-2"].entrypoint
+
+
+def test_a_run_on_cpus_is_told_nothing_of_gpus(tmp_path: Path) -> None:
+    client = FakeClient(ended(75, 4), ended(0, 9, "SUCCEEDED"))
+    assert submission(client, tmp_path)[0].run() == 0
+    assert not any("model.device" in job.entrypoint or "rlkd_gpu" in job.metadata for job in client.jobs.values())
+
+
+def test_only_stages_that_leave_it_open_are_kept_on_gpus(tmp_path: Path) -> None:
+    stages = [{"name": "one"}, {"name": "two", "model": {"device": "cpu"}}, {"name": "three"}]
+    run, _, _ = submission(FakeClient(), tmp_path, stages=stages)
+    kept = preflight.on_gpu(run.stages)
+    assert kept == ["stages.one.model.device=cuda", "stages.three.model.device=cuda"]
+    assert [s.config.model.device for s in load(tmp_path / "recipe.yaml", kept)] == ["cuda", "cpu", "cuda"]
 
 
 def test_a_run_that_waits_for_an_autoscaler_itself_is_submitted(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 exit 0        done
 exit 75       saved and interrupted: submitted again after a pause, so many times; not after `rlkd stop --for-good`
+no exit code  the same if Ray says that the driver's node died
+no room       the same of a retry whose nodes went away before it had its places (E020, E021)
 anything else the job stays ended; its exit.json is shown, and its exit code is the client's
 Ctrl-C        the client lets go; the job goes on
 """
 
 import getpass
-import math
 import os
 import shlex
 import socket
@@ -15,28 +16,29 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rlkd.config.stages import Stage
-from rlkd.core.errors import INTERRUPTED, OK, ConfigError, InfrastructureError, PreflightError, RlkdError
-from rlkd.plan.saving import Grace, grace
-from rlkd.plan.shape import read as shape_read
-from rlkd.plan.shape import shape_of
+from rlkd.core.errors import INTERRUPTED, OK, ConfigError, InfrastructureError, PreflightError
 from rlkd.submit import preflight
 from rlkd.submit.ending import Ending
 from rlkd.submit.follow import Follower, ended
+from rlkd.submit.grace import stop_s
 from rlkd.submit.jobs import WAIT, Job, Jobs, NoSuchJob, Unanswered
 from rlkd.submit.package import Package
 from rlkd.submit.preflight import Cluster
+from rlkd.workers.placement import PATIENT_S
 
-UNKNOWN_GRACE_S = 180  # where nothing is known of the model's size
 LONGEST_PAUSE_S = 300.0
-WAITS_ITSELF_S = 60.0  # a run with a longer ray.wait_s waits for nodes itself, and an autoscaler sees what it wants
 Say = Callable[[str], None]
 Result = TypeVar("Result")
+
+
+class _ForGood(Exception):
+    """Somebody stopped the run for good."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Submission:
     sleep: Callable[[float], None] = time.sleep
     last: Ending | None = field(default=None, init=False)  # of the attempt before
     idle: int = field(default=0, init=False)  # attempts in a row that saved nothing new
+    gpu: bool = field(default=False, init=False)  # an attempt was planned on GPUs, and none goes on without
 
     @property
     def name(self) -> str:
@@ -86,14 +89,17 @@ class Submission:
             if self.options.detach:
                 self.say(f"{job.id} goes on by itself, and nobody submits it again; {self._how()}")
                 return OK
-            end = self._follow(job)
+            job, end = self._follow(job)
             if (code := self._outcome(job, end, retry)) is not None:
                 return code
             self._pause()
             if self._is_last(job):
                 return self._stopped(end)
             retry += 1
-            job = self._patient(partial(self._next, retry))
+            try:
+                job = self._patient(partial(self._next, retry))
+            except _ForGood:
+                return self._stopped(end)
 
     def _next(self, retry: int) -> Job:
         return self._there() or self._start(retry)
@@ -113,6 +119,11 @@ class Submission:
 
     def _is_last(self, job: Job) -> bool:
         return self._patient(lambda: self.jobs.is_last(job.id))
+
+    def _unless_last(self, previous: Job | None) -> None:
+        """_ForGood if somebody said that this attempt was the last one: while the next one waited, too."""
+        if previous is not None and self.jobs.is_last(previous.id):
+            raise _ForGood
 
     def _there(self) -> Job | None:
         """An attempt that is running already: it is followed, if it is what would be submitted."""
@@ -137,16 +148,21 @@ class Submission:
         number = 1 + max((job.number for job in attempts), default=0)
         if self.last is None and attempts:
             self.last = ended(self.jobs, attempts[-1])
+        self.gpu = self.gpu or preflight.had_gpu(attempts)
+        previous = attempts[-1] if retry and attempts else None
         with self._runtime_env() as runtime_env:
-            cluster = self._room(runtime_env, waits=retry > 0)
-            stop_s, why = self._grace(cluster)
+            cluster = self._room(runtime_env, retry > 0, previous)
             job_id, options = f"{self.name}-{number}", self.options
-            runtime_env["env_vars"][WAIT] = str(stop_s)
+            run = Path(self.package.run_folder)
+            grace_s, why = stop_s(self.stages, options.grace_s, cluster.config, run, self.last)
+            runtime_env["env_vars"][WAIT] = str(grace_s)
+            self.gpu = self.gpu or preflight.gives_gpu(cluster, self.stages)
             told = {"rlkd": "run", "rlkd_package": self.package.digest, "rlkd_by": who(),
                     "rlkd_retries": str(0 if options.detach else options.retries - retry)}  # fmt: skip
-            self.jobs.submit(job_id, self._entrypoint(), runtime_env, told)
+            self._unless_last(previous)
+            self.jobs.submit(job_id, self._entrypoint(), runtime_env, told | ({preflight.GPU: "1"} if self.gpu else {}))
         which = f"attempt {number}" + (f" (retry {retry} of {options.retries})" if retry else "")
-        self.say(f"job {job_id}  {which}   stop grace {stop_s} s ({why})   {self.jobs.dashboard(job_id)}")
+        self.say(f"job {job_id}  {which}   stop grace {grace_s} s ({why})   {self.jobs.dashboard(job_id)}")
         return self._patient(lambda: self.jobs.get(job_id))
 
     @contextmanager
@@ -158,22 +174,24 @@ class Submission:
 
     def _entrypoint(self) -> str:
         words = [self.options.python, "-m", "rlkd.submit.entry", self.package.run_folder, self.package.recipe]
-        return f"exec {shlex.join([*words, *self.package.overrides])}"
+        more = preflight.on_gpu(self.stages) if self.gpu else []  # not of the package: it is the same one
+        return f"exec {shlex.join([*words, *self.package.overrides, *more])}"
 
-    def _room(self, runtime_env: Mapping[str, Any], waits: bool) -> Cluster:
+    def _room(self, runtime_env: Mapping[str, Any], waits: bool, previous: Job | None) -> Cluster:
         """The cluster, with room for the run. The first attempt is refused without; later ones wait for nodes to come
-        back, and say so."""
+        back, and say so; _ForGood if somebody does not want that."""
         configs = [stage.config for stage in self.stages]
         patience = min(config.ray.wait_s for config in configs)
         began = time.monotonic()
         while True:
+            self._unless_last(previous)
             cluster = preflight.asked(self.jobs, self.name, self.package, runtime_env, self.options.python, self.say)
-            fits = preflight.judged(cluster, configs, self.package, self.jobs.address)
-            missing = preflight.short(cluster, configs)
+            fits = preflight.judged(cluster, configs, self.package, self.jobs.address, self.gpu)
+            missing = preflight.short(cluster, configs, self.gpu)
             if missing is None:
                 self.say(fits)
                 return cluster
-            if patience >= WAITS_ITSELF_S:
+            if patience >= PATIENT_S:
                 self.say(f"preflight on the cluster: {missing}; the run will wait {patience:.0f} s for it (ray.wait_s)")
                 return cluster
             if not waits or time.monotonic() - began > self.options.patience_s:
@@ -182,43 +200,27 @@ class Submission:
                     f"the cluster has no room for this run: {missing}",
                     where=self.jobs.address,
                     fix="fewer sampler.workers or learner.ranks, or more nodes; ray.wait_s=900 lets the run wait for "
-                    "an autoscaler; `rlkd status` shows what else runs there",
+                    "an autoscaler; `rlkd status` shows what else runs there"
+                    + ("; model.device=cpu goes on without GPUs" if self.gpu and not cluster.gpu else ""),
                 )
             self.say(f"waiting for room: {missing}")
             self.sleep(max(self.options.pause_s, 1.0))
 
-    def _grace(self, cluster: Cluster) -> tuple[int, str]:
-        """Seconds between SIGTERM and SIGKILL, and where they come from."""
-        config = self.stages[0].config
-        if self.options.grace_s is not None:
-            return self.options.grace_s, "--grace"
-        if config.preempt.grace_s is not None:
-            return math.ceil(config.preempt.grace_s), "preempt.grace_s"
-        try:
-            path = config.model.path
-            shape = shape_of(path) if cluster.config is None else shape_read(cluster.config, path, "model.path")
-        except RlkdError:
-            return UNKNOWN_GRACE_S, "nothing is known of this model's size; --grace sets it"
-        run = Path(self.package.run_folder)
-        found: Grace = max((grace(s.config, shape, run=run) for s in self.stages), key=lambda g: g.total_s)
-        if self.last is not None and self.last.save_s is not None:
-            step_s = found.drain_s if self.last.step_s is None else self.last.step_s
-            found = replace(found, save_s=self.last.save_s, drain_s=step_s, measured=True)
-        return found.total_s, f"a save takes {found.save_s:.0f} s, " + ("measured" if found.measured else "reckoned")
-
-    def _follow(self, job: Job) -> Ending:
+    def _follow(self, job: Job) -> tuple[Job, Ending]:
+        """The job as it is at its end, and how it ended."""
         follower = Follower(self.jobs, job.id, self.write, self.say)
         over = follower.run()
         assert over is not None  # it has no time limit
-        return follower.ending(over)
+        return over, follower.ending(over)
 
     def _outcome(self, job: Job, end: Ending, retry: int) -> int | None:
         """The exit code, or None if the run is to be submitted again."""
         before = None if self.last is None else self.last.saved()
-        self.idle = self.idle + 1 if end.again and end.saved() == before else 0
+        again = end.again or (retry > 0 and end.no_room)
+        self.idle = self.idle + 1 if again and end.saved() == before else 0
         self.last = end
         self.say(f"{job.id}: {end.words()}")
-        if not end.again:
+        if not again:
             return self._shown(job, end)
         if self._is_last(job):
             return self._stopped(end)
@@ -235,10 +237,8 @@ class Submission:
         if hint:
             self.say(f"  = {hint}")
         if end.code is None:
-            grace_s = job.stop_wait_s
-            self.say(
-                f"  = if it was asked to stop: a save did not end in {grace_s} s; --grace gives more. {self._same()}"
-            )
+            saving = f"if it was asked to stop: a save did not end in {job.stop_wait_s} s; --grace gives more. "
+            self.say(f"  = {saving if job.status == 'STOPPED' else ''}{self._same()}")
         self.say(f"the whole log: rlkd logs {job.id} --ray {self.jobs.address}")
         return end.exit_code()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlkd.core.errors import INTERRUPTED, OK, InfrastructureError
 from rlkd.submit.client import who
-from rlkd.submit.ending import MARK
+from rlkd.submit.ending import MARK, Ending
 from rlkd.submit.follow import Follower, ended
 from rlkd.submit.jobs import RAYS_WAIT_S, Job, Jobs, NoSuchJob, Unanswered, clock
 
@@ -104,9 +104,7 @@ class Stopping:
         except KeyboardInterrupt:
             self.say(f"{job.id} was asked to end and does that by itself; rlkd status {self.name} says when it has")
             return INTERRUPTED
-        if over is None:
-            raise self._still_there(job)
-        end = follower.ending(over)
+        end = self._end_of(job) if over is None else follower.ending(over)
         self.say(f"{job.id}: {end.words()}{self._who_goes_on(job)}")
         return OK if end.code is not None else end.exit_code()
 
@@ -127,13 +125,15 @@ class Stopping:
             f"rlkd stop {self.name} --for-good ends that too"
         )
 
-    def _still_there(self, job: Job) -> InfrastructureError:
-        now = job.status
+    def _end_of(self, job: Job) -> Ending:
+        """Of a job whose end nobody saw in time: it is asked for once more. InfrastructureError if it is not over."""
         with suppress(Unanswered, NoSuchJob):
-            now = self.jobs.get(job.id).status
-        return InfrastructureError(
+            job = self.jobs.get(job.id)
+        if job.over:
+            return ended(self.jobs, job)
+        raise InfrastructureError(
             "RLKD-I233",
-            f"{job.id} is {now} {job.stop_wait_s + self.after_kill_s:.0f} s after it was asked to end",
+            f"{job.id} is {job.status} {job.stop_wait_s + self.after_kill_s:.0f} s after it was asked to end",
             where=self.jobs.dashboard(job.id),
             fix="its head node does not do what it is told: see `ray status` there; `ray stop` ends everything on it",
         )

@@ -10,27 +10,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlkd.core.errors import INFRASTRUCTURE, OK, RESUBMIT
+from rlkd.core.errors import INFRASTRUCTURE, OK, PREFLIGHT, RESUBMIT
 from rlkd.submit.jobs import Job
 
 MARK = "[rlkd-exit] "
 _PRINTED = re.compile(r"\((?:\w+, )?exit (\d+)\)")
+_NODE_DIED = "because its node has died"  # what Ray's GCS says of an actor then, also where the node was preempted
+_NOISE = re.compile(r"^\s*(class_name|actor_id|pid|name|namespace): ")  # lines of that message that help nobody
+_LOG = ", last available logs"  # Ray puts the log's end behind it, which is in the log too
+_NO_ROOM = ("RLKD-E020:", "RLKD-E021:")  # how exit.json's `cause` begins where the cluster could not place the run
+SAID = 300  # characters of Ray's reason
 LINES = 30  # from the end, where `rlkd train` says its exit code
 
 
 @dataclass(frozen=True)
 class Ending:
-    """`code`: of the driver, None where nobody knows: it was killed."""
+    """`code`: of the driver, None where nobody knows: it was killed, or never started."""
 
     code: int | None
     record: Mapping[str, Any] | None = None  # exit.json of the attempt
     save_s: float | None = None  # the longest save and optimizer step of the run so far
     step_s: float | None = None
+    why: str | None = None  # what Ray says of a job that failed and has no exit code of its own
+    node_lost: bool = False  # its driver's node died, says Ray: it did not fail by itself
 
     @property
     def again(self) -> bool:
         """Whether the same command goes on with it, elsewhere or later."""
-        return self.code == RESUBMIT
+        return self.code == RESUBMIT or self.node_lost
+
+    @property
+    def no_room(self) -> bool:
+        """Whether the driver found no place for the run: after an attempt that had one, a node was lost meanwhile."""
+        return self.code == PREFLIGHT and str((self.record or {}).get("cause")).startswith(_NO_ROOM)
 
     def saved(self) -> int | None:
         step = (self.record or {}).get("saved")
@@ -38,6 +50,9 @@ class Ending:
 
     def words(self) -> str:
         """One line: why, at which step, what is kept."""
+        if self.code is None and self.why is not None:
+            lost = "the driver's node was lost" if self.node_lost else "failed without a word of its own"
+            return f"{lost}; Ray says: {self.why}; the last checkpoint stands"
         if self.code is None:
             return "killed: it said nothing at its end; the last checkpoint stands"
         if self.code == OK:
@@ -72,12 +87,28 @@ def ending(job: Job, log: str) -> Ending:
             said = json.loads(marked[-1])
             return Ending(int(said["exit"]), said.get("record"), said.get("save_s"), said.get("step_s"))
         except (ValueError, KeyError, TypeError):  # cut in the middle: the driver was killed while it wrote it
-            return Ending(_known(job))
+            return _unsaid(job, _known(job))
     code = _known(job)
     if code is None and job.status == "STOPPED":
         printed = [int(found) for text in log.splitlines()[-LINES:] for found in _PRINTED.findall(text)]
         code = printed[-1] if printed else None
-    return Ending(code)
+    return _unsaid(job, code)
+
+
+def _unsaid(job: Job, code: int | None) -> Ending:
+    """Of one whose last line is not there. A job that was asked to stop ends as STOPPED, never as FAILED."""
+    if code is not None or job.status != "FAILED":
+        return Ending(code)
+    # of a program that ended by itself Ray's message holds its log, which may say anything
+    lost = job.exit_code is None and job.error_type == "JOB_SUPERVISOR_ACTOR_DIED" and _NODE_DIED in job.message
+    return Ending(None, why=_reason(job.message) or None, node_lost=lost)
+
+
+def _reason(message: str) -> str:
+    """Ray's message in one line."""
+    lines = [text for text in message.partition(_LOG)[0].splitlines() if not _NOISE.match(text)]
+    text = " ".join(" ".join(lines).split())
+    return text if len(text) <= SAID else f"{text[:SAID]}…"
 
 
 def _known(job: Job) -> int | None:

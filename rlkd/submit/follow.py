@@ -35,6 +35,7 @@ class Follower:
     _rest: str = field(default="", init=False)  # a line that is not whole yet
     _last: "deque[str]" = field(default_factory=lambda: deque(maxlen=KEPT), init=False)
     _deaf_since: float | None = field(default=None, init=False)
+    _cut: bool = field(default=False, init=False)  # the log's connection alone is lost, and that was said
 
     def run(self) -> Job | None:
         """The job, when it is over; None if it is not, by `until`. InfrastructureError if the dashboard is away for too
@@ -46,25 +47,34 @@ class Follower:
         return ending(job, "\n".join([*self._last, self._rest]))
 
     async def _run(self) -> Job | None:
-        idle = 0  # rounds in a row that brought nothing
+        idle = 0  # rounds in a row that brought nothing, or only by asking for the whole log
         while True:
-            before = self.seen
+            before, broken = self.seen, await self._tailed()
             try:
-                await self._tail()
                 job = self.jobs.get(self.job_id)
                 self._heard()
                 self._catch_up()
                 if job.over:
                     self._flush()
                     return job
+                self._is_cut(broken)
             except NoSuchJob as error:
                 raise self._forgotten() from error
-            except Exception as error:  # the connection's errors are of many libraries: websocket, requests, Ray
+            except Exception as error:  # the connection's errors are of many libraries: requests, Ray
                 self._hiccup(error)
             if self._late():
                 return None
-            idle = 0 if self.seen > before else idle + 1
-            await asyncio.sleep(min(LONGEST_S, self.again_s * 2 ** min(idle, DOUBLED)))
+            idle = 0 if self.seen > before and broken is None else idle + 1
+            pause = min(LONGEST_S, self.again_s * 2 ** min(idle, DOUBLED))
+            await asyncio.sleep(min(pause, self._wait_s()) if broken is not None or self.until is not None else pause)
+
+    async def _tailed(self) -> Exception | None:
+        """_tail, and what broke it: that its connection fails does not mean that the dashboard does not answer."""
+        try:
+            await self._tail()
+        except Exception as error:  # of many libraries: websocket, requests, Ray
+            return error
+        return None
 
     async def _tail(self) -> None:
         """Write what is new, until the log ends, the job is over, or the connection is lost."""
@@ -124,13 +134,19 @@ class Follower:
             self.say(f"the dashboard answers again, after {time.monotonic() - self._deaf_since:.0f} s")
         self._deaf_since = None
 
+    def _is_cut(self, error: Exception | None) -> None:
+        """A proxy or a load balancer may let through every question, and not the log's connection."""
+        if error is not None and not self._cut:
+            self.say(f"the log's own connection fails ({_words(error)}): the log is asked for now and then instead")
+        self._cut = error is not None
+
     def _hiccup(self, error: Exception) -> None:
         now = time.monotonic()
         if self._deaf_since is None:
             self._deaf_since = now
-            text = " ".join(str(error).split()) or type(error).__name__
             self.say(
-                f"the dashboard does not answer ({text}): the job goes on; asked again for {self.patience_s:.0f} s"
+                f"the dashboard does not answer ({_words(error)}): the job goes on; "
+                f"asked again for {self.patience_s:.0f} s"
             )
         if now - self._deaf_since > self.patience_s:
             raise InfrastructureError(
@@ -147,6 +163,10 @@ class Follower:
             where=self.jobs.address,
             fix="the same rlkd submit command goes on from the last checkpoint",
         )
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def ended(jobs: Jobs, job: Job) -> Ending:

@@ -61,6 +61,7 @@ class Job:
     ended: float | None = None
     metadata: Mapping[str, str] | None = None
     stop_wait_s: int = RAYS_WAIT_S  # between SIGTERM and SIGKILL
+    error_type: str | None = None  # Ray's JobErrorType, of one that is FAILED
 
     @property
     def over(self) -> bool:
@@ -240,6 +241,7 @@ def _without(names: Sequence[str]) -> Iterator[None]:
 
 def _job(info: Any) -> Job:
     wait = ((info.runtime_env or {}).get("env_vars") or {}).get(WAIT, "")
+    kind = getattr(info, "error_type", None)
     return Job(
         info.submission_id,
         str(getattr(info.status, "value", info.status)),
@@ -249,6 +251,7 @@ def _job(info: Any) -> Job:
         _seconds(info.end_time),
         info.metadata,
         int(wait) if str(wait).isdecimal() else RAYS_WAIT_S,
+        None if kind is None else str(getattr(kind, "value", kind)),
     )
 
 

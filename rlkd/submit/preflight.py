@@ -11,13 +11,14 @@ import platform
 import shlex
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from rlkd.config.schema import Config
+from rlkd.config.stages import Stage
 from rlkd.core.errors import PreflightError, Problem
 from rlkd.submit.jobs import Job, Jobs, NoSuchJob, Unanswered
 from rlkd.submit.needs import Node, has, lacking, may_have, needs, node_of, total, words
@@ -30,6 +31,7 @@ INSTALLED = ("torch", "transformers", "deepspeed")
 PROBE_S = 90.0  # until the small job has answered: a node may have to unpack the package first
 NODE_S = 15.0  # of that, for all nodes
 LOOK_S = 0.3
+GPU = "rlkd_gpu"  # in a job's metadata: it was planned on GPUs
 Say = Callable[[str], None]
 
 
@@ -106,9 +108,9 @@ def _away(jobs: Jobs, job_id: str) -> None:
             jobs.delete(job_id)
 
 
-def judged(cluster: Cluster, configs: Sequence[Config], package: Package, address: str) -> str:
+def judged(cluster: Cluster, configs: Sequence[Config], package: Package, address: str, gpu: bool = False) -> str:
     """What fits, in words. PreflightError with everything that does not, but for room (see `short`)."""
-    wanted = [needs(config, _on_gpu(config, cluster)) for config in configs]
+    wanted = [needs(config, _on_gpu(config, cluster, gpu)) for config in configs]
     problems = [*_versions(cluster, address), *_storage(cluster, package, wanted), *_files(cluster, package)]
     if cluster.error is not None and not problems:
         fix = "is it the Python, and the Ray, that the cluster was started with?"
@@ -122,14 +124,35 @@ def judged(cluster: Cluster, configs: Sequence[Config], package: Package, addres
     return f"preflight on the cluster: ok (needs {words(most)}; {has(cluster.nodes)}){quiet}"
 
 
-def short(cluster: Cluster, configs: Sequence[Config]) -> str | None:
-    """What room is missing, for one of the stages at least; None if there is enough."""
-    found = (lacking(needs(config, _on_gpu(config, cluster)), cluster.nodes) for config in configs)
+def short(cluster: Cluster, configs: Sequence[Config], gpu: bool = False) -> str | None:
+    """What room is missing, for one of the stages at least; None if there is enough. `gpu`: the run had GPUs before,
+    and is not to go on without."""
+    found = (lacking(needs(config, _on_gpu(config, cluster, gpu)), cluster.nodes) for config in configs)
     return next((text for text in found if text is not None), None)
 
 
-def _on_gpu(config: Config, cluster: Cluster) -> bool:
-    return config.model.device == "cuda" or (cluster.gpu and config.model.device != "cpu")
+def _on_gpu(config: Config, cluster: Cluster, gpu: bool) -> bool:
+    return config.model.device == "cuda" or ((gpu or cluster.gpu) and config.model.device != "cpu")
+
+
+def gives_gpu(cluster: Cluster, stages: Sequence[Stage]) -> bool:
+    """Whether the run is planned on GPUs there."""
+    return cluster.gpu and any(stage.config.model.device != "cpu" for stage in stages)
+
+
+def had_gpu(attempts: Iterable[Job]) -> bool:
+    """Whether one of them was planned on GPUs, by whichever client."""
+    return any(job.told(GPU) for job in attempts)
+
+
+def on_gpu(stages: Sequence[Stage]) -> list[str]:
+    """Settings with which a run stays on GPUs where its recipe leaves that open: a cluster may lose its last one
+    before the driver looks."""
+    return [
+        f"{f'stages.{stage.name}.' if stage.name else ''}model.device=cuda"
+        for stage in stages
+        if stage.config.model.device == "auto"
+    ]
 
 
 def here() -> dict[str, str]:
