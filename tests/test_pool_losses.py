@@ -516,3 +516,35 @@ def test_who_is_lost_between_two_steps_of_a_call_is_worker_lost_and_no_bug() -> 
         pool.close()
 
     run(test())
+
+
+@pytest.mark.faults("F10")
+def test_who_gets_its_weights_when_its_node_goes_has_one_successor() -> None:
+    """It has a place, and no work yet: its own start must not go on in the seat that another one has by then."""
+
+    async def test() -> None:
+        gate = asyncio.Event()
+
+        async def slow(worker: FakeWorker, _: object) -> None:
+            if worker.generation == 1:
+                await gate.wait()
+
+        fakes = Fakes(on_load=slow, on_generate=dies())
+        pool = fakes.pool(1)
+        await pool.start()
+        await pool.deliver(weights(1))
+        with pytest.raises(WorkerLost):
+            await pool.generate(PROMPT)
+        await until(lambda: len(fakes.made) == 2 and pool._slots[0].place is not None)
+        assert pool.leave("node-1", 1000.0) == 1
+        gate.set()
+        await until(lambda: pool.ready == 1)
+        await pool.generate(PROMPT)
+        await asyncio.sleep(0.05)
+        assert [w.generation for w in fakes.made] == [0, 1, 2]
+        assert fakes.killed == fakes.made[:2]
+        assert fakes.work[-1] == (0, 2, 1)
+        assert pool.counts()["lost"] == 1
+        pool.close()
+
+    run(test())

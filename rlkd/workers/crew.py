@@ -153,10 +153,14 @@ class Crew(Places):
             try:
                 await self._come_up(slot)
             except WorkerLost as error:
+                if slot.leaving:  # another slot has its seat by now
+                    break
                 least_s = self._options.backoff_s if isinstance(error, CannotStart) else 0.0
                 self._discard(slot, error)
                 self._charge(slot, error)
                 continue
+            if slot.leaving:
+                break
             slot.progress = Progress(since=time.monotonic())
             slot.ready, slot.state = True, "is ready"
             self._counts["replaced"] += slot.made > 1
