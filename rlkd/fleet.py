@@ -227,7 +227,7 @@ class _Builder:
         v = self.config.verifier
         options = WorkerOptions(
             v.processes, v.timeout_s, v.memory_gib, v.min_tier, v.accept_unsafe_code, v.recheck_fraction,
-            ray=self.placement.options,
+            ray=self.placement.options, seated=self.site.reward_seated,
         )  # fmt: skip
         pool = RewardPool(
             pack(self.config.rewards), Mix.of(self.config.rewards), self.read.tokenizer.decode, v.workers, options,

@@ -75,21 +75,28 @@ class Site:
     async def learner_seated(self) -> None:
         """Returns when there is room for every rank, on nodes that share the run's folder. NodesGone if there is none
         for `sampler.min_workers_timeout_s`."""
+        await self._wait("learner-0", "the learner", " (with the resource `stable`, if the cluster uses it)")
+        await self.check([role for role in self.placement.seats if role.startswith("learner-")])
+
+    async def reward_seated(self, role: str) -> None:
+        """Returns when there is room for this reward worker. NodesGone as above."""
+        await self._wait(role, role)
+
+    async def _wait(self, role: str, whom: str, which: str = "") -> None:
         limit = self.config.sampler.min_workers_timeout_s
-        waiting = asyncio.ensure_future(self.placement.seated("learner-0"))
+        waiting = asyncio.ensure_future(self.placement.seated(role))
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
             while not (await asyncio.wait({waiting}, timeout=SAY_S))[0]:
                 waited = loop.time() - began
-                self.tell("waiting", f"the learner: no node with room for {waited:.0f} s; giving up after {limit:g} s")
+                self.tell("waiting", f"{whom}: no node with room for {waited:.0f} s; giving up after {limit:g} s")
                 if waited > limit:
-                    fix = "add nodes (with the resource `stable`, if the cluster uses it); the same command continues"
-                    raise NodesGone("RLKD-I614", f"no node for the learner for {waited:.0f} s", "ray", fix)
+                    fix = f"add nodes{which}; the same command continues"
+                    raise NodesGone("RLKD-I614", f"no node for {whom} for {waited:.0f} s", "ray", fix)
             await waiting
         finally:
             waiting.cancel()
-        await self.check([role for role in self.placement.seats if role.startswith("learner-")])
 
     @property
     def published(self) -> Path:

@@ -5,7 +5,7 @@ import importlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -69,6 +69,7 @@ class WorkerOptions:
     recheck_fraction: float = 0.0
     jail: str = "rlkd.engines.jail:Jail"
     ray: Callable[[str], Mapping[str, Any]] = lambda name: {}  # noqa: ARG005 – options of the actor of that name: its place
+    seated: Callable[[str], Awaitable[None]] | None = None  # returns when it has a place; None: it has one
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -198,6 +199,9 @@ class _Worker:
         async with self._starting:
             if self._actor is None:
                 o = self._options
+                if o.seated is not None:
+                    self.state = "waits for a node with room"
+                    await o.seated(self.name)
                 # Ray must not restart it: a lost actor is replaced here, where it is counted
                 never = {"max_restarts": 0, "max_task_retries": 0}
                 settings = {"num_cpus": 0, "max_concurrency": o.processes + 2, **o.ray(self.name), **never}
@@ -233,6 +237,7 @@ class _Worker:
         if actor is None or self._place is None or self._place.node != node:
             return 0
         self._actor, self.state = None, "has left its node"
+        self.lost_at, self._place = self._place, None  # for what becomes of its last groups; the next one is elsewhere
         loop = asyncio.get_running_loop()
         self._ending[actor] = None if left_s is None else loop.call_later(left_s, self._end, actor)
         if not self._under_way.get(actor):

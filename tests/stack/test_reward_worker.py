@@ -239,3 +239,33 @@ def test_a_reward_that_cannot_be_loaded_in_the_worker(tmp_path: Path) -> None:
         asyncio.run(made.start())
     made.close()
     assert "there is no file" in str(caught.value)
+
+
+@pytest.mark.faults("F10")
+def test_who_leaves_its_node_is_nowhere_until_there_is_room(pool: Make) -> None:
+    """Its successor was told to be where it had been, and waited for a node inside Ray, where that counts as lost."""
+
+    async def judge() -> None:
+        room = asyncio.Event()
+        room.set()
+
+        async def seated(_: str) -> None:
+            await room.wait()
+
+        made = pool("exact", options={"seated": seated})
+        await made.start()
+        node = made.roster()["reward-0"]["node"]
+        room.clear()
+        assert made.leave(node) == 1
+        assert "node" not in made.roster()["reward-0"]
+        waiting = asyncio.create_task(made(PROMPT, [sample("42")]))
+        await asyncio.sleep(0.2)
+        (row,) = made.roster().values()
+        assert row["state"] == "waits for a node with room"
+        assert "node" not in row
+        room.set()
+        assert rewards_of(await waiting) == [1.0]
+        assert made.roster()["reward-0"]["node"] == node
+        assert made.counts()["workers_lost"] == 0
+
+    asyncio.run(judge())
