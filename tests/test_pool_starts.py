@@ -1,6 +1,7 @@
 """Workers that cannot start, or find no node while the run starts; on fakes."""
 
 import asyncio
+import gc
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from ray.exceptions import ActorDiedError
 
 from rlkd.core.errors import INFRASTRUCTURE, RESUBMIT, InfrastructureError, NodesGone, NoWorkers, PreflightError
 from rlkd.workers.pool import Pool, PoolOptions
-from tests.pool_fakes import PROMPT, QUICK, SAMPLING, Fakes, FakeWorker, dies, run, until
+from tests.pool_fakes import PROMPT, QUICK, SAMPLING, Fakes, FakeWorker, dies, forever, run, until
 from tests.test_pool_elastic import Room, elastic
 
 FIX = "copy the model there"
@@ -148,5 +149,26 @@ def test_a_worker_that_has_its_node_may_take_longer_to_start() -> None:
         assert not [text for kind, text in fakes.told if kind == "waiting"]
         assert (await pool.generate(PROMPT, 1, 0, SAMPLING))[0].tokens[0] in (0, 1)
         pool.close()
+
+    run(test())
+
+
+def test_a_start_that_is_cancelled_leaves_nothing_to_be_printed() -> None:
+    """asyncio prints a traceback for an error that nobody asks for: SIGTERM at the start looked like a crash."""
+
+    async def test() -> None:
+        told: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        pool = Fakes(on_start=lambda _: forever()).pool(2)
+        starting = asyncio.create_task(pool.start())
+        await asyncio.sleep(0.01)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        del starting, pool
+        for _ in range(3):
+            await asyncio.sleep(0.01)
+            gc.collect()
+        assert told == []
 
     run(test())

@@ -69,9 +69,11 @@ class Crew(Places):
         ]
         first, later = self._slots[: self._first], self._slots[self._first :]
         starting = [asyncio.create_task(self._bring_up(slot), name=f"start {slot.name}") for slot in first]
+        together = asyncio.gather(*starting)
+        together.add_done_callback(lambda done: done.cancelled() or done.exception())  # asyncio prints what nobody asks
         self._background(self._count_heads(), f"count {self._name}")
         try:
-            await self._until_ended(asyncio.gather(*starting))
+            await self._until_ended(together)
             self._check()
         except BaseException:
             for task in starting:
