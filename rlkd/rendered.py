@@ -93,7 +93,7 @@ def machine(configs: Sequence[Config], nodes: Nodes) -> Machine:
 def _check_memory(needs: Needs, node: Machine, said_gib: int | None) -> None:
     """ConfigError RLKD-C447 if the user's nodes have not the memory that the learner's ranks need beside their GPUs."""
     if said_gib is not None and node.memory_gib > said_gib:
-        ranks = min(len(needs.learner), node.gpus or len(needs.learner))
+        ranks = needs.ranks_on(node)
         what = (
             f"a node with {ranks} learner rank{'s' if ranks > 1 else ''} needs {node.memory_gib} GiB of its own memory"
         )

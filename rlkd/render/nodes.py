@@ -38,6 +38,10 @@ class Needs:
     rank_gib: float = 0.0  # of a node's own memory, for each learner rank on it,
     node_gib: float = 0.0  # and for all of them together (plan/memory.py)
 
+    def ranks_on(self, node: Machine) -> int:
+        """Learner ranks that a node has at most; without GPUs one has them all."""
+        return min(len(self.learner), node.gpus) if node.gpus else len(self.learner)
+
     def memory_gib(self, ranks: int) -> int:
         """What a node with so many learner ranks must have at least."""
         return math.ceil(ranks * self.rank_gib + self.node_gib) if ranks else 0
@@ -209,8 +213,7 @@ def _learners(needs: Needs, node: Machine, small: Machine) -> Iterable[Kind]:
 def _without_gpus(needs: Needs, node: Machine) -> Layout:
     """A worker uses all cores of its node, so each rollout worker and scorer gets one."""
     rollout, scorer = len(needs.rollout), len(needs.scorer)
-    head = replace(node, memory_gib=max(node.memory_gib, needs.memory_gib(len(needs.learner))))
-    kinds = [Kind("head", f"the driver, {_words(needs, 'learner')}", 1, 1, head, True)]
+    kinds = [Kind("head", f"the driver, {_words(needs, 'learner')}", 1, 1, equal_node(needs, node), True)]
     if rollout:
         kinds.append(Kind("rollout", _words(needs, "rollout"), rollout, needs.least_rollout, node))
     if scorer:
@@ -252,8 +255,7 @@ def _fill(free: list[int], carried: Sequence[float], node: Machine) -> int:
 
 def equal_node(needs: Needs, node: Machine) -> Machine:
     """The node of which `packed` takes some, with memory for as many learner ranks as one may have."""
-    ranks = min(len(needs.learner), node.gpus) if node.gpus else len(needs.learner)
-    return replace(node, memory_gib=max(node.memory_gib, needs.memory_gib(ranks)))
+    return replace(node, memory_gib=max(node.memory_gib, needs.memory_gib(needs.ranks_on(node))))
 
 
 def _of_ranks(needs: Needs, node: Machine, gpus: int) -> Machine:

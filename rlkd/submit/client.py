@@ -30,9 +30,9 @@ from rlkd.submit.grace import stop_s
 from rlkd.submit.jobs import WAIT, Job, Jobs, NoSuchJob, Unanswered
 from rlkd.submit.package import Package
 from rlkd.submit.preflight import Cluster
-from rlkd.workers.placement import PATIENT_S
 
 LONGEST_PAUSE_S = 300.0
+PATIENT_S = 60.0  # a run with a longer ray.wait_s waits for nodes itself, and an autoscaler sees what it wants
 Say = Callable[[str], None]
 Result = TypeVar("Result")
 

@@ -33,7 +33,6 @@ from rlkd.workers.nodes import STABLE, Node, alive
 
 log = logging.getLogger("rlkd.workers")
 NODE = "ray.io/node-id"  # Ray labels every node with it
-PATIENT_S = 60.0  # a run with a longer ray.wait_s waits for nodes itself, and an autoscaler sees what it wants
 LOOK_S, SOON_S = 2.0, 0.1  # between two looks for a place; while the run starts
 __all__ = ["A_LITTLE", "CPU_SHARE", "Bundle", "Placement", "bundles", "has_room", "reserve"]
 
