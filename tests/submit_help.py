@@ -58,7 +58,7 @@ class FakeClient:
         self.probed = 0
         self.stopped: list[str] = []
         self.packages: list[set[str]] = []
-        self.hiccups: list[BaseException] = []  # raised by the next tails, in the middle of the log
+        self.hiccups: list[Exception] = []  # raised by the next tails, in the middle of the log
         self.deaf: list[Exception] = []  # raised by the next questions for a job
 
     def submit_job(

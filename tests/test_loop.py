@@ -59,6 +59,21 @@ def loop_of(tmp: Path, **changes: Any) -> Loop:
     return Loop(schedule=schedule, services=Services(policy, verify), **{**defaults, **changes})
 
 
+def stopped_after(step: int, tmp: Path, **changes: Any) -> Loop:
+    """A loop that ran, and was asked to stop when that step was over."""
+    loop = loop_of(tmp, policy=FakePolicy(long_tailed(step)), **changes)
+
+    class Stops(FakeReport):
+        def step(self, n: int, *_: Any) -> None:
+            if n == step:
+                loop.stop.ask(StopRequest("signal", "SIGTERM"))
+
+    loop.report = Stops()
+    with pytest.raises(Stopped):
+        asyncio.run(loop.run())
+    return loop
+
+
 def all_trained(loop: Loop) -> list[int]:
     return [p for step in loop.learner.trained for p in step]  # type: ignore[attr-defined]
 
@@ -95,6 +110,17 @@ def test_without_holding_slots_the_bound_breaks(tmp_path: Path) -> None:
 
     asyncio.run(run())
     assert max(row[2]["staleness/max"] for row in loop.report.rows) > 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("algorithm", [GRPO(rollout=Sampled(samples=2)), DAPO(rollout=Sampled(samples=2))])
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_nothing_is_written_for_steps_after_the_last(tmp_path: Path, staleness: int, algorithm: GRPO) -> None:
+    """Also not by a run that goes on shortly before its end."""
+    schedule = Schedule(steps=8, groups_per_step=3, staleness=staleness)
+    stopped_after(6, tmp_path, schedule=schedule, algorithm=algorithm)
+    loop = loop_of(tmp_path, policy=FakePolicy(long_tailed(1)), schedule=schedule, algorithm=algorithm)
+    assert asyncio.run(loop.run()) == 0
+    assert not loop.buffer.ledger.pending
 
 
 def test_lost_workers_cost_nothing_but_time(tmp_path: Path) -> None:
@@ -183,8 +209,7 @@ def change_driver(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> 
 def test_forgetting_what_is_owed_would_be_caught(tmp_path: Path) -> None:
     """Negative control of the test above: drop what is pending from the checkpoint, and prompts are skipped."""
     schedule = Schedule(steps=4, groups_per_step=3, staleness=1)
-    first = loop_of(tmp_path, schedule=replace(schedule, steps=2))
-    asyncio.run(first.run())
+    stopped_after(2, tmp_path, schedule=schedule)
 
     def forget(saved: dict[str, Any]) -> None:
         ledger = saved["ledger"]
@@ -305,8 +330,7 @@ def test_a_deadline_that_is_too_near_leaves_the_checkpoint_before(tmp_path: Path
 @pytest.mark.faults("F49")
 def test_new_data_begins_a_fresh_segment(tmp_path: Path) -> None:
     """What was owed of the old data is given up, and said so; tickets go on, the new prompts begin at their first."""
-    old = loop_of(tmp_path, schedule=Schedule(steps=2, groups_per_step=3, staleness=1))
-    asyncio.run(old.run())
+    stopped_after(2, tmp_path, schedule=Schedule(steps=4, groups_per_step=3, staleness=1))
     driver = json.loads((tmp_path / "checkpoints" / "step-000002" / "driver.json").read_text())
     owed = len(driver["ledger"]["pending"])
     assert owed
@@ -322,7 +346,7 @@ def test_new_data_begins_a_fresh_segment(tmp_path: Path) -> None:
 
 def test_without_the_word_for_it_other_data_is_refused(tmp_path: Path) -> None:
     """Negative control of the test above: what is owed cannot be asked again."""
-    asyncio.run(loop_of(tmp_path, schedule=Schedule(steps=2, groups_per_step=3, staleness=1)).run())
+    stopped_after(2, tmp_path, schedule=Schedule(steps=4, groups_per_step=3, staleness=1))
     with pytest.raises(CheckpointError, match="ledger"):
         asyncio.run(loop_of(tmp_path, schedule=Schedule(steps=4, groups_per_step=3), prompts={}).run())
 

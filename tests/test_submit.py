@@ -1,5 +1,7 @@
 """`rlkd submit` against a cluster in memory: attempts, retries, Ctrl-C; tests/cluster has a real one."""
 
+import asyncio
+import signal
 from pathlib import Path
 
 import pytest
@@ -182,10 +184,20 @@ def test_an_earlier_stop_for_good_does_not_bind_who_gives_the_command_again(tmp_
 
 
 def test_ctrl_c_lets_go_and_says_how_to_go_on(tmp_path: Path) -> None:
-    client = FakeClient(("RUNNING", None, "step 1/9\n" * 9))
-    client.hiccups = [KeyboardInterrupt()]
+    client = FakeClient(("RUNNING", None, ""))
     run, _, said = submission(client, tmp_path)
-    assert run.run() == 130
+
+    async def pressed(_: str):  # type: ignore[no-untyped-def]
+        yield "step 1/9\n"
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(60)
+
+    client.tail_job_logs = pressed  # type: ignore[method-assign]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run.run() == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert client.stopped == []
     assert "demo-1 goes on" in said[-1]
     assert "rlkd logs demo --follow" in said[-1]

@@ -1,8 +1,9 @@
 """Between producers and the learner: who may start, what is ready, what was turned away.
 
-A slot is the right to have one group under way. There are (staleness + 1)·P of them, and a trained group's slot is
-given back only after the new weights are in the samplers. The learner takes groups in the order of their admission.
-So a group is at most `staleness` steps old when it is used, and with staleness 0 the run is the synchronous algorithm.
+A slot is the right to have one group under way. There are (staleness + 1)·P of them, fewer when the run is nearly over,
+and a trained group's slot is given back only after the new weights are in the samplers. The learner takes groups in the
+order of their admission. So a group is at most `staleness` steps old when it is used, and with staleness 0 the run is
+the synchronous algorithm.
 
 What a step takes does not depend on who was faster: the P oldest tickets that are not turned away, and with them the
 turned-away ones that are older than the youngest of these.

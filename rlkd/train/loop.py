@@ -137,7 +137,9 @@ class Loop:
 
     @property
     def _slots(self) -> int:
-        return (self.schedule.staleness + 1) * self.schedule.groups_per_step
+        """Groups under way at once: as many as the next steps will use, and none for steps after the last."""
+        steps = min(self.schedule.staleness + 1, self.schedule.steps - self.step)
+        return steps * self.schedule.groups_per_step
 
     def _prompt(self, prompt_id: str, seed: int) -> Prompt:
         return replace(self.prompts[prompt_id], seed=seed)
@@ -229,7 +231,8 @@ class Loop:
                 canary = await self.guards.after_sync(self.step)
             with self.stages.stage("evaluate", f"step {self.step}"):
                 await self.evaluator.if_due(self.step, self.schedule.steps, self.services)
-            await self.buffer.release(len(wanted))
+            if self.step + self.schedule.staleness < self.schedule.steps:
+                await self.buffer.release(len(wanted))
             more = {**self._staleness(groups), **canary, **self.guards.metrics()}
             self.report.step(self.step, groups, {**self.last, **more}, self.stages.taken())
             for alarm in alarms:
