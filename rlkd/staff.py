@@ -15,13 +15,13 @@ from rlkd.engines.endpoint import Endpoint, EndpointOptions
 from rlkd.inputs import Inputs
 from rlkd.model_folder import model_config, vocabulary
 from rlkd.report import secrets
-from rlkd.teachers import scored_by, scorer_role, scorers, workers_of, writer_role, writers, written_by
+from rlkd.teachers import scored_by, scorer_role, scorers, unavailable, workers_of, writer_role, writers, written_by
 from rlkd.workers.crew import Stacks
 from rlkd.workers.placement import Placement
 from rlkd.workers.pool import Pool, PoolOptions
 from rlkd.workers.rollout import spawner as writer_spawner
 from rlkd.workers.scorer import spawner as scorer_spawner
-from rlkd.workers.teacher import Teacher
+from rlkd.workers.teacher import Dispensable, Teacher
 from rlkd.workers.threads import Threads, environment
 from rlkd.workers.writer import LocalWriter
 
@@ -86,8 +86,11 @@ class Staff:
                 ends = self.read.tokenizer.decode(np.array(frozen.foreign_ends, np.int32), special=True)
                 text = f"teachers.{name} does not end its answers with {ends!r}: its log-prob there stays unknown (NaN)"
                 self.tell("teacher", text)
+            key, pool = f"teachers.{name}", self._pool_of(name)
+            skipped = unavailable(self._scorers[name]) == "skip_kd"
+            model = Dispensable(key, pool, self.tell) if skipped else pool
             found[name] = Teacher(
-                f"teachers.{name}", self._pool_of(name), frozen.context, frozen.vocabulary, policy_ids,
+                key, model, frozen.context, frozen.vocabulary, policy_ids,
                 frozen.foreign_ends, self.tell,
             )  # fmt: skip
         return found
@@ -117,7 +120,7 @@ class Staff:
             "attention": self.config.model.attention,
         }
         spawn = scorer_spawner(options, environment(n), lambda i: placement.options(f"{role}-{i}"))
-        return self._crew(role, spawn, scorer.workers, PoolOptions(timeout_s=scorer.timeout_s), placement)
+        return self._crew(role, spawn, scorer, PoolOptions(timeout_s=scorer.timeout_s), placement)
 
     def _writer(self, name: str, teacher: TeacherConfig, placement: Placement, threads: Threads) -> Pool:
         role, n, w = writer_role(name), teacher.threads or threads.scorer, teacher.writer
@@ -125,14 +128,18 @@ class Staff:
         options = {**self._folder(name), **{key: getattr(w, key) for key in same}, "threads": n}
         spawn = writer_spawner(w.engine, options, environment(n), lambda i: placement.options(f"{role}-{i}"))
         options_of_pool = PoolOptions(timeout_s=teacher.timeout_s, probe_s=PROBE_S)
-        return self._crew(role, spawn, teacher.workers, options_of_pool, placement)
+        return self._crew(role, spawn, teacher, options_of_pool, placement)
 
     def _crew(
-        self, role: str, spawn: Callable[[int], Any], size: int, options: PoolOptions, placement: Placement
+        self, role: str, spawn: Callable[[int], Any], model: ScorerConfig, options: PoolOptions, placement: Placement
     ) -> Pool:
+        if unavailable(model) == "fail":
+            options = replace(options, replacements=0)
+        if unavailable(model) == "skip_kd":
+            options = replace(options, patient=False)
         return Pool(
-            role, spawn, size, options=options, tell=self.tell, was_draining=self.was_draining, stacks=self.stacks,
-            seated=lambda i: placement.seated(f"{role}-{i}"),
+            role, spawn, model.workers, options=options, tell=self.tell, was_draining=self.was_draining,
+            stacks=self.stacks, seated=lambda i: placement.seated(f"{role}-{i}"),
         )  # fmt: skip
 
     def _folder(self, name: str) -> dict[str, Any]:

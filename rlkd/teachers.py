@@ -84,8 +84,11 @@ def key_of(name: str) -> str:
 
 def scored_by(config: Config) -> dict[str, str]:
     """name → the first name with the same model and settings: they are served by one pool."""
-    return _shared(scorers(config), lambda s: (s.path or config.model.path, s.workers, s.max_tokens, s.timeout_s,
-                                               s.threads))  # fmt: skip
+
+    def same(s: ScorerConfig) -> Hashable:
+        return (s.path or config.model.path, s.workers, s.max_tokens, s.timeout_s, s.threads, unavailable(s))
+
+    return _shared(scorers(config), same)
 
 
 def written_by(config: Config) -> dict[str, str]:
@@ -93,9 +96,14 @@ def written_by(config: Config) -> dict[str, str]:
 
     def same(t: TeacherConfig) -> Hashable:
         engine = tuple(getattr(t.writer, f.name) for f in fields(t.writer) if f.name not in SAMPLED)
-        return (t.path or config.model.path, t.workers, t.timeout_s, t.threads, *engine)
+        return (t.path or config.model.path, t.workers, t.timeout_s, t.threads, t.on_unavailable, *engine)
 
     return _shared({name: t for name, t in writers(config).items() if t.endpoint is None}, same)
+
+
+def unavailable(scorer: ScorerConfig) -> str:
+    """What happens while it has no workers; nobody goes on without the reference."""
+    return scorer.on_unavailable if isinstance(scorer, TeacherConfig) else "wait"
 
 
 def _shared(wanted: Mapping[str, Settings], same: Callable[[Settings], Hashable]) -> dict[str, str]:

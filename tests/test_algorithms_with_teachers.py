@@ -135,6 +135,34 @@ def test_every_needed_signal_is_missed(algorithm: Any) -> None:
             step(algorithm, without, logits)
 
 
+def without_teacher(group: Group) -> Group:
+    """As it is scored when `on_unavailable: skip_kd` has nobody to ask."""
+
+    def one(sample: Any) -> Any:
+        top = replace(sample.teacher_topk, logp=np.full_like(sample.teacher_topk.logp, np.nan))
+        return replace(sample, teacher_logp=np.full_like(sample.teacher_logp, np.nan), teacher_topk=top)
+
+    return replace(group, samples=tuple(one(s) for s in group.samples))
+
+
+@pytest.mark.faults("F7")
+@pytest.mark.parametrize("algorithm", taught, ids=lambda a: f"{a.name}-{names[ALGORITHMS.index(a)][-2:]}")
+@pytest.mark.parametrize("away", [1, 3])
+def test_groups_without_their_teacher_have_the_gradient_of_the_rewards_alone(algorithm: Any, away: int) -> None:
+    groups, logits = random_step(5)
+    groups[0] = replace(groups[0], samples=tuple(replace(s, reward=0.0) for s in groups[0].samples))  # all distil it
+    scored = [without_teacher(g) if i < away else g for i, g in enumerate(groups)]
+    value, gradient = step(algorithm, scored, logits)
+    assert np.isfinite(value)
+    alone = replace(algorithm, beta_0=0.0, beta_min=0.0, beta_decay=0.0) if isinstance(algorithm, KDRL) else None
+    _, expected = step(alone, groups, logits) if alone else (0.0, [np.zeros_like(g) for g in gradient])
+    assert differs(gradient[: 4 * away], expected[: 4 * away]) < 1e-6
+    _, taught_gradient = step(algorithm, groups, logits)
+    if away < 3 and getattr(algorithm, "denominator", "all") == "all":  # `kept` re-weights what is left
+        assert differs(gradient[4 * away :], taught_gradient[4 * away :]) < 1e-6
+    assert differs(gradient[: 4 * away], taught_gradient[: 4 * away]) > 1e-6
+
+
 @pytest.mark.parametrize("algorithm", taught, ids=lambda a: f"{a.name}-{names[ALGORITHMS.index(a)][-2:]}")
 def test_the_teacher_changes_the_gradient(algorithm: Any) -> None:
     """A distillation whose gradient does not depend on its teacher is none (K7)."""

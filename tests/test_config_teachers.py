@@ -182,6 +182,15 @@ def test_a_teacher_called_by_its_name(folder: Path, overrides: list[str]) -> Non
     assert load(folder / "taught.yaml", overrides).algorithm.name == "kdrl"
 
 
+def test_a_teacher_that_may_be_away(folder: Path) -> None:
+    local = "teachers={big: {path: models/big, on_unavailable: skip_kd}}"
+    assert isinstance(load(recipe(folder, "Scored"), [local]), Config)
+    assert "is of log-probs" in problem(recipe(folder), local).what
+    found = problem(recipe(folder), ENDPOINT, "teachers.big.on_unavailable=fail")
+    assert "is of a local teacher" in found.what
+    assert "teachers.big.endpoint.retries" in (found.fix or "")
+
+
 def test_who_differs_in_what_is_said_with_a_call_only_is_served_by_the_same_workers(folder: Path) -> None:
     """The run, `submit`, `render` and a sweep's trials all count them so."""
     warm = "teachers={a: {path: models/s, workers: 2}, b: {path: models/s, workers: 2, writer: {temperature: 0.5}}}"
@@ -193,7 +202,9 @@ def test_who_differs_in_what_is_said_with_a_call_only_is_served_by_the_same_work
 
 def test_scorers_share_a_pool_by_model_and_settings(folder: Path) -> None:
     models = "a: {path: models/s}, b: {path: models/s}, slow: {path: models/s, timeout_s: 7}, c: {path: models/t}"
+    models += ", spare: {path: models/s, on_unavailable: skip_kd}"
     config = load(recipe(folder, "Scored"), [f"teachers={{{models}, most: {{path: models/s, workers: 3}}}}"])
-    assert teachers.scored_by(config) == {"a": "a", "b": "a", "slow": "slow", "c": "c", "most": "most"}
+    alone = {name: name for name in ("slow", "c", "spare", "most")}
+    assert teachers.scored_by(config) == {"a": "a", "b": "a", **alone}
     assert teachers.workers_of(config)["teacher:most"] == 3
     assert "teacher:b" not in teachers.workers_of(config)

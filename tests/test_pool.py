@@ -1,6 +1,7 @@
 """The pool of workers on fakes: who gets work, what a loss looks like from outside, what a replacement must show."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from rlkd.core.errors import DataError, InfrastructureError, NoWorkers, Prefligh
 from rlkd.core.ports import Model, Sampling, WeightRef
 from rlkd.core.types import Finish
 from rlkd.workers.pool import Pool, PoolOptions
-from tests.pool_fakes import PROMPT, SAMPLING, Fakes, FakeWorker, dies, forever, run, until, weights
+from tests.pool_fakes import PROMPT, QUICK, SAMPLING, Fakes, FakeWorker, dies, forever, run, until, weights
 
 
 def test_it_is_a_model_and_holds_the_default_sampling() -> None:
@@ -400,6 +401,69 @@ def test_the_budget_of_replacements() -> None:
         assert len(fakes.made) == 4
         with pytest.raises(InfrastructureError):
             await pool.generate(PROMPT)
+        pool.close()
+
+    run(test())
+
+
+def test_without_replacements_the_first_loss_of_the_last_worker_ends_it() -> None:
+    async def test() -> None:
+        fakes = Fakes(on_generate=dies(generation=0))
+        pool = fakes.pool(2, replace(QUICK, replacements=0))
+        await pool.start()
+        with pytest.raises(WorkerLost):
+            await pool.generate(PROMPT)
+        with pytest.raises(NoWorkers, match="lost, and is not to be replaced"):
+            await pool.generate(PROMPT)
+        assert len(fakes.made) == 2
+        pool.close()
+
+    run(test())
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_call_while_all_are_being_replaced_waits_or_is_lost_at_once(patient: bool) -> None:
+    async def test() -> None:
+        back = asyncio.Event()
+
+        async def starts(worker: FakeWorker) -> None:
+            if worker.generation:
+                await back.wait()
+
+        fakes = Fakes(on_start=starts, on_generate=dies(generation=0))
+        pool = fakes.pool(1, replace(QUICK, patient=patient, timeout_s=60.0, start_s=60.0))
+        await pool.start()
+        with pytest.raises(WorkerLost):
+            await pool.generate(PROMPT)
+        call = asyncio.create_task(pool.generate(PROMPT))
+        if patient:
+            await until(lambda: len(fakes.made) == 2)
+            assert not call.done()
+        else:
+            with pytest.raises(WorkerLost, match="rollout: rollout-0 is"):
+                await call
+        back.set()
+        await until(lambda: pool.ready == 1)
+        await (call if patient else pool.generate(PROMPT))
+        pool.close()
+
+    run(test())
+
+
+def test_an_impatient_pool_waits_for_a_worker_that_is_busy() -> None:
+    async def test() -> None:
+        gate = asyncio.Event()
+
+        async def wait(_: FakeWorker) -> None:
+            await gate.wait()
+
+        fakes = Fakes(on_generate=wait)
+        pool = fakes.pool(1, replace(QUICK, patient=False, at_once=1))
+        await pool.start()
+        calls = [asyncio.create_task(pool.generate(PROMPT)) for _ in range(3)]
+        await until(lambda: len(fakes.work) == 1)
+        gate.set()
+        assert len(await asyncio.gather(*calls)) == 3
         pool.close()
 
     run(test())

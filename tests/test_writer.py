@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlkd.core.errors import DataError, WorkerLost
+from rlkd.core.errors import DataError, NoWorkers, WorkerLost
 from rlkd.core.ports import Completion, Model, Sampling, Writer, Written
 from rlkd.core.types import Finish, TopK
 from rlkd.data import HFTokenizer
-from rlkd.workers.teacher import Teacher
+from rlkd.workers.teacher import Dispensable, Teacher
 from rlkd.workers.writer import LocalWriter
 from tests.small_tokenizers import byte_tokenizer, wrapped
 
@@ -167,3 +167,51 @@ def test_likeliest_tokens_that_the_policy_lacks() -> None:
     (top,) = asyncio.run(teacher(known_ids=5).topk([ids(3, 4)], 2))
     np.testing.assert_array_equal(top.ids, [[3, 4], [0, 0]])
     np.testing.assert_array_equal(top.logp, [[-4, -5], [np.nan, np.nan]])
+
+
+# --- a teacher that may be away
+
+
+@dataclass
+class Away(Scripted):
+    """Raises what it is told to, instead of an answer."""
+
+    losses: list[Exception | None] = field(default_factory=list)
+
+    async def logp(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if (lost := self.losses.pop(0)) is not None:
+            raise lost
+        return await super().logp(sequences)
+
+    async def topk(self, sequences: Sequence[np.ndarray], k: int) -> list[TopK]:
+        if (lost := self.losses.pop(0)) is not None:
+            raise lost
+        return await super().topk(sequences, k)
+
+
+@pytest.mark.faults("F7")
+def test_without_a_worker_its_log_probs_are_unknown_and_counted() -> None:
+    told: list[str] = []
+    gone = NoWorkers("RLKD-I611", "teacher:big-0 is out", where="teacher:big", fix="")
+    model = Away(losses=[None, WorkerLost("teacher:big-0 died"), gone, None])
+    spare = Dispensable("teachers.big", model, lambda _, text: told.append(text))
+    made = Teacher("teachers.big", spare, 100, 50, 50)
+    assert isinstance(spare, Model)
+    asks = [ids(3, 4), ids(5, 6)]
+    known, lost = asyncio.run(made.logp(asks)), asyncio.run(made.logp(asks))
+    np.testing.assert_array_equal(known[0], [np.nan, -5])
+    assert [len(row) for row in lost] == [2, 2]
+    assert np.isnan(np.concatenate(lost)).all()
+    top = asyncio.run(made.topk(asks, 3))
+    assert [t.ids.shape for t in top] == [(2, 3), (2, 3)]
+    assert all(np.isnan(t.logp).all() for t in top)
+    assert not np.isnan(asyncio.run(made.topk(asks, 3))[0].logp).any()
+    assert (spare.asked, spare.skipped) == (8, 4)
+    assert "2 of 4 sequences so far (50%). teacher:big-0 died" in told[0]
+    assert "4 of 6 sequences so far (67%)" in told[1]
+
+
+def test_other_errors_of_a_teacher_that_may_be_away_are_errors() -> None:
+    spare = Dispensable("teachers.big", Away(losses=[DataError("RLKD-D1", "wrong")]))
+    with pytest.raises(DataError, match="wrong"):
+        asyncio.run(spare.logp([ids(3, 4)]))

@@ -145,6 +145,9 @@ class TeacherConfig(ScorerConfig):
 
     writer: WriterConfig = field(default_factory=WriterConfig)
     endpoint: EndpointConfig | None = None
+    # When its workers are lost: replace them and ask again; end the run (saved, exit 6) when none is left; or go on
+    # without its log-probs while there is none, which are then unknown, and counted (docs/reliability.md).
+    on_unavailable: Literal["wait", "fail", "skip_kd"] = "wait"
 
 
 @dataclass(frozen=True)

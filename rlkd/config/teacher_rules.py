@@ -24,6 +24,7 @@ def teachers(given: Given) -> Iterator[Finding]:
     yield from _named(given)
     for teacher, settings in config.teachers.items():
         at, endpoint = f"teachers.{teacher}", settings.endpoint
+        yield from _unavailable(at, settings, bool(scored), name)
         if endpoint is None:
             continue
         if scored:
@@ -51,6 +52,18 @@ def _named(given: Given) -> Iterator[Finding]:
         what = f"algorithm.combine=one, and there are {len(there)} teachers ({known})"
         fix = f"algorithm.teacher={next(iter(there))}, or combine=mean, confidence or domain"
         yield Finding(("algorithm.combine", "algorithm.teacher", "teachers"), what, fix)
+
+
+def _unavailable(at: str, settings: TeacherConfig, scored: bool, algorithm: str) -> Iterator[Finding]:
+    chosen, key = settings.on_unavailable, f"{at}.on_unavailable"
+    if settings.endpoint is not None and chosen != "wait":
+        what = (
+            f"{key}={chosen} is of a local teacher: an endpoint is asked again as its `retries` say, then the run ends"
+        )
+        yield Finding((key, f"{at}.endpoint"), what, f"leave it out, and see {at}.endpoint.retries")
+    elif chosen == "skip_kd" and not scored:
+        what = f"{key}=skip_kd is of log-probs, and the algorithm {algorithm} asks {at} for none"
+        yield Finding((key, "algorithm.name"), what, "wait or fail")
 
 
 def _endpoint(at: str, endpoint: EndpointConfig, teacher: TeacherConfig) -> Iterator[Finding]:

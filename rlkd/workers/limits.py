@@ -14,8 +14,9 @@ class PoolOptions:
     sync_s: float = 300.0  # until a worker has loaded them
     probe_s: float | None = None  # ask every worker for its vitals this often; one that does not answer is lost
     stall_s: float | None = None  # a worker that has work and writes no token for this long is lost; None: not watched
+    patient: bool = True  # a call waits while every worker is being replaced; False: WorkerLost at once
     at_once: int | None = None  # calls under way on one worker; None: it queues by itself
-    replacements: int = 3  # of one worker in a row, without an answer in between
+    replacements: int = 3  # of one worker in a row, without an answer in between; 0: a lost one is not replaced
     window_s: float = 600.0
     in_window: int = 10  # replacements of one worker within the window, whatever it answered in between
     backoff_s: float = 1.0  # before the second replacement in a row; doubles from then on

@@ -69,6 +69,8 @@ class Losses:
         self._recent.append(now)
         while now - self._recent[0] > self.window_s:
             self._recent.popleft()
+        if not self.replacements:
+            return "lost, and is not to be replaced"
         if self.in_a_row > self.replacements:
             return f"lost {self.in_a_row} times in a row without an answer"
         if len(self._recent) > self.in_window:

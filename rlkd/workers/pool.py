@@ -177,8 +177,9 @@ class Pool(Crew):
             await self._notify()
 
     async def _take(self, load: int) -> Slot:
-        """The ready worker with the least to do; waits while all are being replaced, or have all they may have."""
-        most = self._options.at_once
+        """The ready worker with the least to do; waits while all have all they may have, and, if the pool is patient,
+        while all are being replaced."""
+        most, patient = self._options.at_once, self._options.patient
 
         def free() -> list[Slot]:
             return [s for s in self._slots if s.ready and (most is None or s.calls < most)]
@@ -186,8 +187,12 @@ class Pool(Crew):
         if not self._slots:
             raise RuntimeError(f"{self._name}: the pool was not started")
         async with self._changed:
-            await self._changed.wait_for(lambda: self._end is not None or free())
+            await self._changed.wait_for(
+                lambda: self._end is not None or free() or not (patient or any(s.ready for s in self._slots))
+            )
         self._check()
+        if not free():
+            raise WorkerLost(f"{self._name}: " + ", ".join(f"{s.name} {s.state}" for s in self._slots))
         slot = min(free(), key=lambda s: (s.load, s.calls))
         if not slot.calls:
             slot.progress.begin(time.monotonic())

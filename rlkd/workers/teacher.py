@@ -9,16 +9,19 @@ policy's vocabulary:
                                     there speaks of a habit of writing, not of the answer, and is hugely negative
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from rlkd.core.errors import NoWorkers, WorkerLost
 from rlkd.core.ports import Completion, Model, Sampling
 from rlkd.core.types import TopK
 
 Sequences = Sequence[Int32[np.ndarray, "_"]]
+Known = TypeVar("Known")
 
 
 @dataclass
@@ -88,3 +91,40 @@ class Teacher:
             why = f"its context of {self.context}" if until == self.context else "a token that it lacks"
             text = f"{self.name}: reads {until} of {has} tokens ({why}); the rest stays without its log-probs"
             self.report("teacher", f"{text}. {self.unread} sequences so far")
+
+
+@dataclass
+class Dispensable:
+    """The port `Model` around a pool that a run may go on without: while it has no worker nothing is known (NaN), and
+    every sequence that goes without is counted and told of. Only log-probs: a text cannot be unknown."""
+
+    name: str
+    model: Model
+    report: Callable[[str, str], None] = lambda *_: None
+    asked: int = field(default=0, init=False)  # sequences
+    skipped: int = field(default=0, init=False)
+
+    async def generate(
+        self, tokens: Int32[np.ndarray, "p"], n: int = 1, seed: int = 0, sampling: Sampling | None = None
+    ) -> list[Completion]:
+        return await self.model.generate(tokens, n, seed, sampling)
+
+    async def logp(self, sequences: Sequences) -> list[Float32[np.ndarray, "_"]]:
+        known = await self._unless_lost(sequences, self.model.logp(sequences))
+        return known or [np.full(len(tokens), np.nan, np.float32) for tokens in sequences]
+
+    async def topk(self, sequences: Sequences, k: int) -> list[TopK]:
+        known = await self._unless_lost(sequences, self.model.topk(sequences, k))
+        shapes = [(len(tokens), k) for tokens in sequences]
+        return known or [TopK(np.zeros(s, np.int32), np.full(s, np.nan, np.float32)) for s in shapes]
+
+    async def _unless_lost(self, sequences: Sequences, call: Awaitable[Known]) -> Known | None:
+        self.asked += len(sequences)
+        try:
+            return await call
+        except (WorkerLost, NoWorkers) as lost:
+            before, self.skipped = self.skipped, self.skipped + len(sequences)
+            if before.bit_length() != self.skipped.bit_length():  # at the 1st, 2nd, 4th, 8th … of them
+                share = f"{self.skipped} of {self.asked} sequences so far ({self.skipped / self.asked:.0%})"
+                self.report("teacher_skipped", f"{self.name}: went on without its log-probs; {share}. {lost}")
+            return None
