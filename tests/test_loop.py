@@ -154,6 +154,45 @@ def test_no_signal_at_all_stops_with_advice(tmp_path: Path) -> None:
         asyncio.run(loop.run())
 
 
+@pytest.mark.faults("F56")
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_steps_without_a_signal_can_be_left_out(tmp_path: Path, staleness: int) -> None:
+    """The run ends after its steps, the ledger knows every prompt, and the advice is given each time."""
+    schedule = Schedule(steps=4, groups_per_step=3, staleness=staleness, max_turned_away=2, on_no_signal="skip_step")
+    loop = loop_of(tmp_path, algorithm=DAPO(), verify=FakeVerify(lambda _: 0.0), schedule=schedule)
+    assert asyncio.run(loop.run()) == 0
+    assert loop.learner.trained == []  # type: ignore[attr-defined]
+    assert [step for step, _ in loop.report.ledger] == [1, 2, 3, 4]  # type: ignore[attr-defined]
+    tickets = [row.ticket for _, rows in loop.report.ledger for row in rows]  # type: ignore[attr-defined]
+    assert tickets == list(range(4 * 7))  # more than 2 × 3 in a row
+    told = [text for kind, text in loop.report.events if kind == "no_signal"]  # type: ignore[attr-defined]
+    assert len(told) == 4
+    assert "100% all wrong" in told[0]
+    assert "the weights stay" in told[0]
+    assert [metrics["turned_away/all wrong"] for _, _, metrics in loop.report.rows] == [7.0] * 4  # type: ignore
+
+
+@pytest.mark.faults("F56")
+def test_a_step_is_made_of_the_few_groups_with_a_signal_whoever_was_faster(tmp_path: Path) -> None:
+    def rare(sample: Any) -> float:
+        return float(sample.tokens[0] % 7 == 0 and sample.tokens[3] % 2)
+
+    taken = []
+    for seed in range(3):
+        schedule = Schedule(steps=5, groups_per_step=4, staleness=1, max_turned_away=2, on_no_signal="skip_step")
+        algorithm = DAPO(rollout=Sampled(samples=4))
+        loop = loop_of(
+            tmp_path / str(seed), policy=FakePolicy(long_tailed(seed)), algorithm=algorithm,
+            verify=FakeVerify(rare), schedule=schedule,
+        )  # fmt: skip
+        assert asyncio.run(loop.run()) == 0
+        rows = [[(row.ticket, row.what) for row in rows] for _, rows in loop.report.ledger]  # type: ignore
+        taken.append(rows)
+        assert all(0 < sum(what == "trained" for _, what in step) < 4 for step in rows)
+        assert len(loop.learner.trained) == 5  # type: ignore[attr-defined]
+    assert taken[0] == taken[1] == taken[2]
+
+
 def test_unjudged_samples_are_left_out_and_counted(tmp_path: Path) -> None:
     verify = FakeVerify(lambda s: math.nan if s.tokens[3] % 3 == 0 else float(s.tokens[3] % 2))
     loop = loop_of(tmp_path, verify=verify)

@@ -6,7 +6,8 @@ order of their admission. So a group is at most `staleness` steps old when it is
 the synchronous algorithm.
 
 What a step takes does not depend on who was faster: the P oldest tickets that are not turned away, and with them the
-turned-away ones that are older than the youngest of these.
+turned-away ones that are older than the youngest of these. If more than `most` are turned away before there are P, the
+step takes what is there.
 """
 
 import asyncio
@@ -57,24 +58,25 @@ class Buffer:
             self._active -= done.why is not None
             self._changed.notify_all()
 
-    async def take(self, n: int) -> dict[int, Done]:
-        """Wait for the n oldest tickets that are not turned away; they and the turned-away ones before the last of
-        them, oldest first. The slots of those to be trained stay taken."""
+    async def take(self, n: int, most: int) -> dict[int, Done]:
+        """Wait for the n oldest tickets that are not turned away, or for more than `most` that are; they and all before
+        the last of them, oldest first. The slots of those to be trained stay taken."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._front(n) is not None)
-            front = self._front(n)
+            await self._changed.wait_for(lambda: self._front(n, most) is not None)
+            front = self._front(n, most)
             assert front is not None
             return {ticket: self._done.pop(ticket) for ticket in front}
 
-    def _front(self, n: int) -> list[int] | None:
+    def _front(self, n: int, most: int) -> list[int] | None:
         """The tickets that make the next step, if all of them are done."""
         front: list[int] = []
+        away = 0
         for ticket in sorted(self.ledger.pending):
             if ticket not in self._done:
                 return None
             front.append(ticket)
-            n -= self._done[ticket].why is None
-            if n == 0:
+            away += self._done[ticket].why is not None
+            if len(front) - away == n or away > most:
                 return front
         return None
 

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from rlkd.core.batch import pack
 from rlkd.core.errors import (
@@ -55,7 +55,8 @@ class Schedule:
     steps: int = 100  # optimizer steps
     groups_per_step: int = 16  # P: prompts whose groups make one step
     staleness: int = 0  # how many steps old a group may be when used; 0 is synchronous
-    max_turned_away: int = 10  # × P groups turned away in a row (no signal) before the run stops
+    max_turned_away: int = 10  # × P groups turned away in a row (no signal) before one of these happens:
+    on_no_signal: Literal["stop", "skip_step"] = "stop"  # the run ends; or the step is made of what was found till then
     max_retries: int = 3  # of one prompt, after a worker was lost
     stall_s: float = 120.0  # say what is awaited when it takes longer than this
 
@@ -126,8 +127,7 @@ class Loop:
         self.resume = None  # a learner that is lost later goes back to the newest
         self.step, self.last = state.step, state.last
         self.buffer = Buffer(self._slots, self.curriculum, state.ledger)
-        most = self.schedule.max_turned_away * self.schedule.groups_per_step
-        self.turned_away = TurnedAway(most, PassRates(self.success))
+        self.turned_away = TurnedAway(self._most_away, PassRates(self.success), self.schedule.on_no_signal == "stop")
         self.knobs = self.algorithm.knobs(self.step, self.last)
         self.whole = True
         with self.stages.stage("sync"):
@@ -140,6 +140,10 @@ class Loop:
         """Groups under way at once: as many as the next steps will use, and none for steps after the last."""
         steps = min(self.schedule.staleness + 1, self.schedule.steps - self.step)
         return steps * self.schedule.groups_per_step
+
+    @property
+    def _most_away(self) -> int:
+        return self.schedule.max_turned_away * self.schedule.groups_per_step
 
     def _prompt(self, prompt_id: str, seed: int) -> Prompt:
         return replace(self.prompts[prompt_id], seed=seed)
@@ -222,9 +226,11 @@ class Loop:
 
     async def learn(self) -> None:
         while self.step < self.schedule.steps:
-            taken = await self.buffer.take(self.schedule.groups_per_step)
+            taken = await self.buffer.take(self.schedule.groups_per_step, self._most_away)
             wanted = [d.credited for d in taken.values() if d.credited is not None]
-            groups = list(self.algorithm.credit_step(wanted))
+            if len(wanted) < self.schedule.groups_per_step:
+                self.report.event("no_signal", self.turned_away.of_step(len(wanted)), step=self.step + 1)
+            groups = list(self.algorithm.credit_step(wanted)) if wanted else []
             alarms = await self._train(taken, groups)
             with self.stages.stage("sync", f"version {self.step}"):  # a stop need not wait for the samplers
                 await self.learner.publish(self.step)
@@ -244,18 +250,18 @@ class Loop:
 
     async def _train(self, taken: Mapping[int, Done], groups: Sequence[Group]) -> list[Alarm]:
         """One optimizer step, and everything that becomes true with it: nothing is saved before that is so. What its
-        numbers say of the run's health. DivergedError if they are in doubt."""
+        numbers say of the run's health. DivergedError if they are in doubt. Without groups the weights stay."""
         tickets = [ticket for ticket, done in taken.items() if done.credited is not None]
         if len(groups) != len(tickets):
             raise ConfigError(
                 "RLKD-C170", f"credit_step gave back {len(groups)} groups for {len(tickets)}",
                 where="algorithm", fix="leave groups out in `credit`, one by one",
             )  # fmt: skip
-        batch = pack(groups, self.learner.ranks, self.max_tokens, self.algorithm.whole_groups)
+        batch = pack(groups, self.learner.ranks, self.max_tokens, self.algorithm.whole_groups) if groups else []
         async with self.saving.idle:
             began, self.whole = time.monotonic(), False
             with self.stages.stage("learn", f"step {self.step}"):
-                metrics = await self.learner.update(batch, self.knobs)
+                metrics = await self.learner.update(batch, self.knobs) if groups else {}
             self.step += 1
             moved = not metrics.get("nonfinite")
             trained = {t: len(g.samples) for t, g in zip(tickets, groups, strict=True)} if moved else {}

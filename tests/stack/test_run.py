@@ -78,6 +78,28 @@ def test_train_export_eval(tmp_path: Path, tiny: Path) -> None:
     assert 0 <= json.loads(judged.stdout)["eval/pass@1"] <= 1
 
 
+@pytest.mark.faults("F56")
+def test_steps_without_a_signal_leave_the_weights_and_are_told(tmp_path: Path, tiny: Path) -> None:
+    """Nobody is right with one token. The run goes on after its first steps, and after a resume."""
+    path = recipe(
+        tmp_path, tiny, algorithm={"name": "dapo", "rollout": {"samples": 2}},
+        schedule={"steps": 2, "groups_per_step": 2, "max_turned_away": 1, "on_no_signal": "skip_step"},
+        sampler={"max_tokens": 1, "engine": "hf"}, evaluate={"at_start": False, "at_end": False},
+    )  # fmt: skip
+    digests = []
+    for steps in (2, 3):
+        done = rlkd("train", str(path), f"schedule.steps={steps}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("this step is without any: the weights stay as they are") == (2 if steps == 2 else 1)
+        assert "too hard: take easier prompts" in done.stdout
+        driver = json.loads((tmp_path / f"runs/t/checkpoints/step-{steps:06d}/MANIFEST.json").read_text())
+        digests.append({k: v for k, v in driver["facts"]["digests"].items() if k.endswith("weights")})
+    assert digests[0] == digests[1]
+    assert [(r["step"], r["turned_away/all wrong"]) for r in rows(tmp_path)] == [(1, 3.0), (2, 3.0), (3, 3.0)]
+    ledger = [json.loads(line) for line in (tmp_path / "runs/t/ledger.jsonl").read_text().splitlines()]
+    assert [row[0] for step in ledger for row in step["rows"]] == list(range(9))
+
+
 def begun(path: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "rlkd", "train", str(path)],
