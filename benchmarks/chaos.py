@@ -51,6 +51,12 @@ CAMPAIGNS = {
         "schedule": {"steps": 800, "groups_per_step": 3}}),
     "everything": Campaign(("rollout", "reward", "learner", "driver", "term"), 20, 5.0, changes={
         **PATIENT, "schedule": {"steps": 600, "groups_per_step": 3, "staleness": 1}}),
+    "teachers": Campaign(("teacher", "rollout"), 24, 8.0, changes={
+        **PATIENT, "schedule": {"steps": 400, "groups_per_step": 3}, "algorithm": {"name": "kdrl"},
+        "teachers": {"big": {"workers": 2, "threads": 1}}}),
+    "reference": Campaign(("teacher",), 12, 10.0, changes={
+        "schedule": {"steps": 400, "groups_per_step": 3}, "algorithm": {"name": "grpo", "beta": 0.01},
+        "reference": {"workers": 2, "threads": 1}}),
     "vllm": Campaign(("rollout", "learner", "driver"), 20, 4.0, program="rlkd", once_it_moves=True, changes={
         "sampler": {"engine": "vllm", "max_tokens": 40, "workers": 1, "kv_cache_gib": 0.25, "threads": 1},
         "rewards": {"arithmetic": {}}, "schedule": {"steps": 400, "groups_per_step": 4}}),

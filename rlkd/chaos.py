@@ -122,7 +122,7 @@ class Chaos:
         if fault in ("driver", "flip"):
             driver.wait()  # or a process that is ending is killed once more, and counted
         if fault == "flip":
-            flip_a_byte(self.directory, self._random)
+            flip_a_byte(self.directory, random.Random(self._random.random()))  # what it draws depends on the files
         return True
 
     def _wrong(self, what: str, log: Path) -> InfrastructureError:

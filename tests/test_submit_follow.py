@@ -5,7 +5,7 @@ import pytest
 from rlkd.core.errors import InfrastructureError
 from rlkd.submit.follow import Follower
 from rlkd.submit.jobs import Jobs
-from tests.submit_help import FakeClient, Heard, code_of
+from tests.submit_help import FakeClient, Heard, code_of, ended
 
 
 def follower(client: FakeClient, job_id: str = "demo-1", **options: float) -> tuple[Follower, Heard, Heard]:
@@ -117,3 +117,29 @@ def test_a_cluster_that_was_started_anew_is_told() -> None:
     with pytest.raises(InfrastructureError) as error:
         run.run()
     assert code_of(error) == "RLKD-I231"
+
+
+@pytest.mark.parametrize("unreadable", [1, 3])
+def test_the_last_line_of_a_job_that_is_over_is_asked_for_again(unreadable: int) -> None:
+    """It says that the run has saved and is to be submitted again; the log's connection may have missed it, and the
+    dashboard may be busy."""
+    client = FakeClient()
+    client.add("demo-1", *ended(75, 4))
+    run, _, _ = follower(client)
+    asked, answers = [0], client.get_job_logs
+
+    async def cut(_: str):  # type: ignore[no-untyped-def]
+        return
+        yield
+
+    def log(job_id: str) -> str:
+        asked[0] += 1
+        if asked[0] <= unreadable:
+            raise RuntimeError("Request failed with status code 500")
+        return answers(job_id)
+
+    client.tail_job_logs, client.get_job_logs = cut, log  # type: ignore[method-assign]
+    job = run.run()
+    assert job is not None
+    assert run.ending(job).again
+    assert asked == [unreadable + 1]

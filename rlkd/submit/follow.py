@@ -15,6 +15,7 @@ LOOK_S = 10.0  # nothing new in the log for so long: is the job over?
 AGAIN_S, LONGEST_S = 2.0, 30.0  # between two tries to reach the dashboard: doubled so often at most
 DOUBLED = 6
 KEPT = 400  # lines at the end, for ending()
+LAST_TRIES = 5  # to read the log of a job that is over: its last line says whether it saved, and is to go on
 Say = Callable[[str], None]
 
 
@@ -53,7 +54,10 @@ class Follower:
             try:
                 job = self.jobs.get(self.job_id)
                 self._heard()
-                self._catch_up()
+                read, tries = self._catch_up(), LAST_TRIES
+                while job.over and not read and (tries := tries - 1):
+                    await asyncio.sleep(self.again_s)
+                    read = self._catch_up()
                 if job.over:
                     self._flush()
                     return job
@@ -104,13 +108,16 @@ class Follower:
             with suppress(Exception):
                 await log.aclose()  # type: ignore[attr-defined]
 
-    def _catch_up(self) -> None:
+    def _catch_up(self) -> bool:
         """What the connection did not bring: it may end as if all were said though the job goes on (ray#60665), and a
-        very long line ends it each time (ray#63364). Best effort: the log may not be readable."""
-        with suppress(Unanswered):
+        very long line ends it each time (ray#63364). False if the log cannot be read now."""
+        try:
             new = self.jobs.log(self.job_id)[self.seen :]
-            self.seen += len(new)
-            self._take(new)
+        except Unanswered:
+            return False
+        self.seen += len(new)
+        self._take(new)
+        return True
 
     def _wait_s(self) -> float:
         return self.look_s if self.until is None else max(0.1, min(self.look_s, self.until - time.monotonic()))

@@ -12,13 +12,13 @@ import ray
 from rlkd.core.errors import PreflightError
 
 REACHED_S = 5.0  # for a connection: Ray itself tries for minutes, and says little
-ASKED_S, ASKS = 20.0, 9
+ASKED_S, ASKS = 60.0, 9
 ASK = f"""
 import sys
 from ray.exceptions import AuthenticationError
 from ray._raylet import GcsClient
 try:
-    GcsClient(address=sys.argv[1]).check_alive([b"?" * 28], timeout=5)
+    GcsClient(address=sys.argv[1]).check_alive([b"?" * 28], timeout=30)
 except AuthenticationError:
     sys.exit({ASKS})
 """

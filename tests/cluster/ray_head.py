@@ -1,6 +1,7 @@
 """A Ray cluster of its own with a dashboard, for the Jobs API: ended by its process, never by `ray stop`."""
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +40,15 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """None that the system gives out by itself (32768 and up), for another cluster may take it before Ray binds it
+    here; nor one of Ray's workers (10002 to 19999)."""
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("", port))
+            found.add(port)
+    return list(found)
 
 
 @contextmanager

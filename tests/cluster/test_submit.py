@@ -21,7 +21,7 @@ from rlkd.models.get import get
 from tests.cluster.ray_head import ROOT, Head, end, environment, head, processes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-STEPS = 24
+STEPS = 48  # enough for `rlkd stop` to find it at work
 CHANGES = {
     "schedule": {"steps": STEPS, "groups_per_step": 4},
     "algorithm": {"rollout": {"samples": 4}},
@@ -151,7 +151,7 @@ def test_a_run_is_stopped_in_the_middle_and_submitted_again_by_itself(
         client.until(lambda: steps(run) >= 4)
         stopped = rlkd(project, "stop", name, "--ray", cluster.address)
         assert stopped.returncode == 0, stopped.stderr
-        assert re.search(rf"{name}-1: exit 75 \(preempt\); SIGTERM: saved step \d+ of 24", stopped.stderr)
+        assert re.search(rf"{name}-1: exit 75 \(preempt\); SIGTERM: saved step \d+ of {STEPS}", stopped.stderr)
         assert "submits it again (up to 2 times)" in stopped.stderr
         assert "saved step" in stopped.stdout  # the save is shown
         client.process.wait(300)
