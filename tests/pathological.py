@@ -61,7 +61,7 @@ def swallows_exceptions(prompt, answer):
 def holds_the_interpreter(prompt, answer):
     if answer == "poison":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
-        return float(7**7**8 > 0)  # minutes in one bytecode
+        return float(7**7**9 > 0)  # minutes in one bytecode
     return 1.0
 
 

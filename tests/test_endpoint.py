@@ -212,7 +212,7 @@ def test_requests_keep_to_the_pace_and_to_at_once(server: FakeOpenAI) -> None:
     server.seen.clear()
     using(options(server, requests_per_minute=1200.0), many)  # one every 50 ms
     apart = [b.at - a.at for a, b in zip(server.seen, server.seen[1:], strict=False)]
-    assert sum(apart) >= 5 * 0.05 * 0.9
+    assert sum(apart) >= 5 * 0.05 * 0.6  # at once they would be within a few hundredths of a second
 
 
 # --- the self-test

@@ -98,7 +98,7 @@ def test_scores_in_order(jail: Make) -> None:
 def test_a_poisonous_answer_is_named_and_costs_its_siblings_nothing(
     jail: Make, reward: str, outcome: Outcome, says: str
 ) -> None:
-    verdicts = jail(reward).score(PROMPT, answers("fine", "poison", "fine too"))
+    verdicts = jail(reward, timeout_s=1.5).score(PROMPT, answers("fine", "poison", "fine too"))  # of which it needs 0.8
     assert outcomes(verdicts) == [Outcome.SCORED, outcome, Outcome.SCORED]
     assert verdicts[0].scores == verdicts[2].scores == {reward: 1.0}
     failure = verdicts[1].failure

@@ -214,7 +214,7 @@ def test_stop_saves_and_the_same_run_continues_without_loss(tmp_path: Path) -> N
     """Stopped again and again in the middle of anything; every prompt is trained once, none is skipped."""
     schedule = Schedule(steps=12, groups_per_step=3, staleness=1)
     codes = []
-    for attempt in range(60):
+    for attempt in range(400):
         policy = FakePolicy(long_tailed(attempt))
         loop = loop_of(tmp_path, policy=policy, schedule=schedule)
 
@@ -410,7 +410,7 @@ def test_a_save_that_just_fits_before_the_deadline_is_made(tmp_path: Path) -> No
     learner = FakeLearner(policy, seconds=0.01)
     loop = loop_of(tmp_path, policy=policy, learner=learner, margin_s=0.2,
                    schedule=Schedule(steps=1000, groups_per_step=2))  # fmt: skip
-    loop.checkpoints.save_s = 1.2
+    loop.checkpoints.save_s = 10.0
     save = learner.save
 
     async def slow(path: str) -> Any:
@@ -423,7 +423,7 @@ def test_a_save_that_just_fits_before_the_deadline_is_made(tmp_path: Path) -> No
         task = asyncio.create_task(loop.run())
         while getattr(loop, "step", 0) < 3:
             await asyncio.sleep(0.001)
-        loop.stop.ask(StopRequest("signal", "SIGTERM", time.monotonic() + 1.8))
+        loop.stop.ask(StopRequest("signal", "SIGTERM", time.monotonic() + 11.2))
         return await task
 
     with pytest.raises(Stopped, match="saved step"):
@@ -597,8 +597,7 @@ def test_a_long_wait_is_told(tmp_path: Path) -> None:
     loop = loop_of(tmp_path, policy=FakePolicy(lambda: 0.15), schedule=schedule)
     asyncio.run(loop.run())
     waits = [text for kind, text in loop.report.events if kind == "waiting"]  # type: ignore[attr-defined]
-    assert waits
-    assert "rollout p0" in waits[0]
+    assert any("rollout p0" in text for text in waits)
 
 
 def test_an_evaluation_survives_a_lost_worker(tmp_path: Path) -> None:

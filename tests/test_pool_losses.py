@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 
 from rlkd.core.errors import (
     INFRASTRUCTURE,
@@ -138,6 +138,7 @@ def lost(text: str, cause: BaseException | None = None) -> WorkerLost:
     [
         (lost("rollout-0.generate(): ActorDiedError", ActorDiedError()), {}, Kind.INFRA),
         (lost("rollout-0.generate(): ActorDiedError", ActorDiedError()), {"memory_full": True}, Kind.MEMORY),
+        (lost("rollout-0.generate(): …", ActorUnavailableError("late", b"0" * 16)), {"memory_full": True}, Kind.MEMORY),
         (lost("rollout-0.generate(): no answer within 5 s"), {"memory_full": True}, Kind.INFRA),
         (lost("x", OutOfMemoryError("the node was low on memory")), {}, Kind.MEMORY),
         (lost("VLLMEngine stopped: MemoryError: "), {}, Kind.MEMORY),

@@ -224,10 +224,10 @@ def test_a_head_that_does_not_come_up(tmp_path: Path, started: Callable[..., Run
 
 def test_a_head_that_is_never_well(tmp_path: Path, started: Callable[..., Run]) -> None:
     text = script(tmp_path).replace("ray health-check", "false")
-    run = started(text, ENDS="0", RLKD_HEAD_WAIT="1")
+    run = started(text, ENDS="0", RLKD_HEAD_WAIT="2")
     code, said = run.end()
     assert code == 3
-    assert "did not come up within 1 s" in said
+    assert "did not come up within 2 s" in said
     assert run.left() == []
 
 

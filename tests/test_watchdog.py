@@ -152,7 +152,7 @@ def test_what_moves_is_not_called_stalled_but_long_waits_are_told() -> None:
     async def test() -> None:
         others = asyncio.create_task(busy())
         with stages.stage("learn"), pytest.raises(TimeoutError):
-            await asyncio.wait_for(stages.watch(0.1, lambda _: None, stalled), 0.45)
+            await asyncio.wait_for(stages.watch(0.5, lambda _: None, stalled), 1.3)
         others.cancel()
 
     asyncio.run(test())

@@ -140,6 +140,7 @@ class Jail:
         share = self._timeout_s
         if whole.outcome is Outcome.TIMEOUT and len(answers) > 1:
             share = min(share, max(share / len(answers), SHORTEST_S))
+        cell.open()  # a lost keeper's successor may load for long: that is not the answers' time
         until = time.monotonic() + 2 * self._timeout_s
         alone: list[Scores | Failure] = []
         for answer in answers:

@@ -77,9 +77,13 @@ def get(name: str, directory: Path) -> Path:
     if _holds(directory) == name:
         return directory
     check_free(directory)
-    with new_folder(directory) as folder:
-        origin = MODELS[name](folder)
-        (folder / MARK).write_text(json.dumps({"name": name, **origin}, indent=2) + "\n")
+    try:
+        with new_folder(directory) as folder:
+            origin = MODELS[name](folder)
+            (folder / MARK).write_text(json.dumps({"name": name, **origin}, indent=2) + "\n")
+    except PreflightError:
+        if _holds(directory) != name:  # or somebody else made it in the meantime
+            raise
     return directory
 
 

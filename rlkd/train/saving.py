@@ -89,6 +89,8 @@ class Saving:
         if not self.state().step:
             return f"{reason}nothing was trained in this attempt, and {self.stands()}; the same command goes on"
         try:
+            if left is not None and left <= self._takes() and self._unsaved():  # a free lock would be had all the same
+                raise TimeoutError
             async with asyncio.timeout(None if left is None else left - self._takes()):
                 await self.idle.acquire()
         except TimeoutError:

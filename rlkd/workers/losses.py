@@ -41,7 +41,7 @@ def kind_of(lost: WorkerLost, draining: bool = False, memory_full: bool = False)
         return Kind.PREEMPT
     if isinstance(lost, CannotStart):
         return Kind.INFRA
-    died = "Died" in type(cause).__name__
+    died = re.search("Died|Unavailable", type(cause).__name__) is not None  # the latter where Ray hears of it late
     if isinstance(cause, OutOfMemoryError) or _MEMORY.search(str(lost)) or (died and memory_full):
         return Kind.MEMORY
     return Kind.INFRA

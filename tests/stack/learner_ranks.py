@@ -1,6 +1,7 @@
 """What the tests of several learner ranks run in each process, and an algorithm that goes wrong on purpose."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -202,6 +203,10 @@ def struck(place: Place, scratch: Path, folder: Path, point: str) -> None:
     """Rank 1 is killed at a fault point."""
     os.environ["RLKD_FAULT"] = f"{point}@1=kill"
     rank = Rank(ALGORITHM, options(folder, 1), place)
-    run(rank, [0], place.rank, place.ranks)
-    rank.save(str(scratch / "state"))
-    rank.load(str(scratch / "state"))
+    try:
+        run(rank, [0], place.rank, place.ranks)
+        rank.save(str(scratch / "state"))
+        rank.load(str(scratch / "state"))
+    finally:
+        if place.rank == 0:
+            time.sleep(60)  # mp.spawn tells of whoever ends first, and ends the others: that is to be rank 1

@@ -24,7 +24,7 @@ def test_predicted_beside_measured(tmp_path: Path, more: list[str]) -> None:
     recipe = [str(CONFIGS / "grpo-tiny.yaml"), f"model.path={tmp_path / 'tiny'}", f"report.directory={tmp_path}",
               "name=t", *QUICK, *more]  # fmt: skip
     run = [sys.executable, "-m", "rlkd"]
-    subprocess.run([*run, "train", *recipe], check=True, timeout=280, capture_output=True)
+    subprocess.run([*run, "train", *recipe], check=True, timeout=800, capture_output=True)
     check = [*run, "plan", *recipe, "--check", str(tmp_path / "t"), "--no-calibrate", "--json"]
     done = subprocess.run(check, check=True, timeout=200, capture_output=True, text=True)
     found = json.loads(done.stdout)["compared"]

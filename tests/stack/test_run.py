@@ -24,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return get("tiny", tmp_path_factory.mktemp("models") / "tiny")
 
 
-def rlkd(*arguments: str, cwd: Path, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+def rlkd(*arguments: str, cwd: Path, timeout: float = 800) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rlkd", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
@@ -255,18 +255,25 @@ def test_no_process_is_left_behind(tmp_path: Path, tiny: Path) -> None:
     path = recipe(tmp_path, tiny, sampler={"engine": "hf", "max_tokens": 16}, schedule={"steps": 1})
     marker = f"RLKD_TEST_MARK={tmp_path}"
     done = subprocess.run([sys.executable, "-m", "rlkd", "train", str(path)], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=280, check=False,
+                          text=True, timeout=800, check=False,
                           env={**os.environ, "RLKD_TEST_MARK": str(tmp_path)})  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    time.sleep(3)
-    left = []
+    deadline = time.monotonic() + 60  # Ray's own take a second or two to notice
+    while (left := having(marker.encode())) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+
+
+def having(mark: bytes) -> list[bytes]:
+    """The command lines of processes with this in their environment."""
+    found = []
     for entry in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if marker.encode() in entry.read_bytes():
-                left.append((entry.parent / "cmdline").read_bytes().replace(b"\0", b" "))
+            if mark in entry.read_bytes():
+                found.append((entry.parent / "cmdline").read_bytes().replace(b"\0", b" "))
         except OSError:
             continue
-    assert not left
+    return found
 
 
 def test_an_algorithm_and_a_reward_of_ones_own_reach_every_actor(tmp_path: Path, tiny: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,7 +123,7 @@ def test_a_worker_lost_in_the_middle_of_a_run_changes_nothing_about_what_is_trai
                "threads": 1, "device": "cpu"}  # fmt: skip
     told: list[str] = []
     roster = Roster(tmp_path / "attempt")
-    watch = PoolOptions(timeout_s=100.0, probe_s=2.0, stall_s=8.0, backoff_s=0.1)
+    watch = PoolOptions(timeout_s=100.0, probe_s=10.0, stall_s=20.0, backoff_s=0.1)
     pool = Pool("rollout", spawner(engine, options, ENVIRONMENT, lambda _: {}), 1, Sampling(100), watch,
                 tell=lambda kind, text: told.append(f"[{kind}] {text}"), stacks=roster.stacks)  # fmt: skip
     hit: list[float] = []
@@ -170,7 +171,7 @@ def test_a_worker_lost_in_the_middle_of_a_run_changes_nothing_about_what_is_trai
         [stack] = (tmp_path / "attempt" / "stacks").iterdir()
         assert "stopped" in stack.read_text()
     else:
-        assert "ActorDiedError" in lost[0]
+        assert re.search("Actor(Died|Unavailable)Error", lost[0])
 
 
 # --- starts that fail
@@ -190,7 +191,7 @@ def test_who_dies_at_every_start_is_taken_out_and_alone_it_ends_the_run() -> Non
         assert pool.counts() == {"lost": 2, "preempted": 0, "replaced": 0}
         assert any("rollout-1 was lost 2 times in a row" in text and "1 of 2 go on" in text for text in told)
         pool.close()
-        with pytest.raises(NoWorkers, match=r"rollout-0 was lost 2 times in a row.*ActorDiedError"):
+        with pytest.raises(NoWorkers, match=r"rollout-0 was lost 2 times in a row.*Actor(Died|Unavailable)Error"):
             await Pool("rollout", bad, 1, Sampling(8), few).start()
 
     run(test())
@@ -208,7 +209,7 @@ def test_a_hung_learner_ends_the_run_with_everybodys_stacks(tmp_path: Path) -> N
         "data": {"train": {"kind": "arithmetic", "size": 200}},
         "algorithm": {"name": "grpo", "rollout": {"samples": 4}},
         "rewards": {"arithmetic": {}},
-        "schedule": {"steps": 1000, "groups_per_step": 4, "stall_s": 6.0},
+        "schedule": {"steps": 1000, "groups_per_step": 4, "stall_s": 20.0},
         "sampler": {"max_tokens": 40, "engine": "hf"},
         "learner": {"max_tokens": 1024},
         "evaluate": {"at_start": False, "at_end": False},
@@ -223,12 +224,15 @@ def test_a_hung_learner_ends_the_run_with_everybodys_stacks(tmp_path: Path) -> N
     command = [sys.executable, "-m", "rlkd", "train", "recipe.yaml"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
-        metrics, deadline = run_directory / "metrics.jsonl", time.monotonic() + 100
+        metrics, deadline = run_directory / "metrics.jsonl", time.monotonic() + 200
         while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        pid = json.loads((attempt / "pids.json").read_text())["actors"]["learner-0"]["pid"]
+        while "learner-0" not in (there := json.loads((attempt / "pids.json").read_text())["actors"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        pid = there["learner-0"]["pid"]
         os.kill(pid, signal.SIGSTOP)
         told = why_stuck(run_directory)
         assert told["diagnosis"].startswith(f"learner-0 (pid {pid}) is stopped by a signal")
@@ -272,7 +276,7 @@ def test_a_worker_moves_off_a_node_that_goes_away(two_nodes: tuple[Cluster, list
     async def test() -> None:
         placement = await reserve([Bundle("rollout-0", {"CPU": 1.0})], 20.0)
         gone: set[str] = set()
-        pool = Pool("rollout", toys(2.0, lambda i: placement.options(f"rollout-{i}")), 1, Sampling(8),
+        pool = Pool("rollout", toys(6.0, lambda i: placement.options(f"rollout-{i}")), 1, Sampling(8),
                     PoolOptions(backoff_s=0.1), was_draining=gone.__contains__)  # fmt: skip
         await pool.start()
         slot = pool._slots[0]

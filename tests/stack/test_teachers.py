@@ -350,7 +350,7 @@ def recipe(folder: Path, tiny: Path, **changes: Any) -> Path:
 def rlkd(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rlkd", *arguments]
     env = {**os.environ, **environment}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280, check=False, env=env)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=800, check=False, env=env)
 
 
 def events(folder: Path) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ it, which is how the controls take a protection away and how tests act in the mi
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -102,7 +103,7 @@ def sampler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sampler]:
 
 
 def run(test: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(test, 120))
+    return asyncio.run(asyncio.wait_for(test, 280))
 
 
 def same(a: list[Completion], b: list[Completion]) -> bool:
@@ -214,9 +215,10 @@ def test_the_prompt_cache_serves_nothing_of_old_weights(sampler: Sampler, protec
     async def test() -> None:
         if not protected:
             await sampler.probe(take_away)
+        ref = sampler.changed()  # before anything runs: its file is synced to a disk that may be slow
         running = [asyncio.create_task(sampler.generate(PROMPT, 8, 5, Sampling(180)))] if busy else []
         await (sampler.probe(begun) if busy else sampler.generate(PROMPT, 8, 5, Sampling(5)))
-        await sampler.load(sampler.changed())
+        await sampler.load(ref)
         written = await sampler.generate(PROMPT, 8, 6, Sampling(20))
         if busy:
             assert not running[0].done(), "nothing ran while the prompt was sampled: the test shows nothing"
@@ -397,7 +399,9 @@ def test_a_killed_worker_is_replaced_by_one_with_the_current_weights(tmp_path: P
             results = await asyncio.gather(*writing, return_exceptions=True)
             assert time.monotonic() - killed < 10
             assert [type(r) for r in results] == [WorkerLost] * 16
-            assert "rollout-0.generate(prompt 70, samples 4): ActorDiedError" in str(results[0])
+            assert re.match(
+                r"rollout-0\.generate\(prompt 70, samples 4\): Actor(Died|Unavailable)Error", str(results[0])
+            )
 
             written = await pool.generate(PROMPT, 4, 1, Sampling(20))  # by the replacement, once it is ready
             assert {c.versions for c in written} == {(2, 2)}
