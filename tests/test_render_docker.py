@@ -108,9 +108,9 @@ def test_the_gpu_image_turns_the_lock_into_constraints(tmp_path: Path) -> None:
 # -- run.sh ------------------------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, ends: str) -> "subprocess.Popen[str]":
+def start(folder: Path, ends: str, **more: str) -> "subprocess.Popen[str]":
     environment = {
-        **os.environ, "PATH": f"{STUBS}:{os.environ['PATH']}", "STUBS": str(folder), "ENDS": ends,
+        **os.environ, "PATH": f"{STUBS}:{os.environ['PATH']}", "STUBS": str(folder), "ENDS": ends, **more,
     }  # fmt: skip
     return subprocess.Popen(
         ["bash", str(CPU / "run.sh")], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True,
@@ -148,6 +148,20 @@ def test_a_stop_is_passed_on_and_ends_it(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "rlkd-saved" in calls(tmp_path)
+    assert sum(c.startswith("docker run") for c in calls(tmp_path)) == 1
+
+
+def test_a_stop_before_there_is_a_container_is_passed_on_later(tmp_path: Path) -> None:
+    """docker needs a moment to make one, and until then has nobody to pass the signal on to."""
+    process = start(tmp_path, "term 0", LATE="1")
+    until = time.monotonic() + 20
+    while not (tmp_path / "calls").exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
     assert process.returncode == 75
     assert "rlkd-saved" in calls(tmp_path)
     assert sum(c.startswith("docker run") for c in calls(tmp_path)) == 1
