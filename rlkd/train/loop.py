@@ -231,16 +231,18 @@ class Loop:
             if len(wanted) < self.schedule.groups_per_step:
                 self.report.event("no_signal", self.turned_away.of_step(len(wanted)), step=self.step + 1)
             groups = list(self.algorithm.credit_step(wanted)) if wanted else []
-            alarms = await self._train(taken, groups)
-            with self.stages.stage("sync", f"version {self.step}"):  # a stop need not wait for the samplers
-                await self.learner.publish(self.step)
-                canary = await self.guards.after_sync(self.step)
-            with self.stages.stage("evaluate", f"step {self.step}"):
-                await self.evaluator.if_due(self.step, self.schedule.steps, self.services)
-            if self.step + self.schedule.staleness < self.schedule.steps:
-                await self.buffer.release(len(wanted))
-            more = {**self._staleness(groups), **canary, **self.guards.metrics()}
-            self.report.step(self.step, groups, {**self.last, **more}, self.stages.taken())
+            alarms, more = await self._train(taken, groups), self._staleness(groups)
+            try:
+                with self.stages.stage("sync", f"version {self.step}"):  # a stop need not wait for the samplers
+                    await self.learner.publish(self.step)
+                    more |= await self.guards.after_sync(self.step)
+                with self.stages.stage("evaluate", f"step {self.step}"):
+                    await self.evaluator.if_due(self.step, self.schedule.steps, self.services)
+                if self.step + self.schedule.staleness < self.schedule.steps:
+                    await self.buffer.release(len(wanted))
+            finally:  # the step is made, and will be saved, also if the run ends here
+                more |= self.guards.metrics()
+                self.report.step(self.step, groups, {**self.last, **more}, self.stages.taken())
             for alarm in alarms:
                 self.report.event(alarm.kind, alarm.text, step=self.step)
             self.checkpoints.store.news()
