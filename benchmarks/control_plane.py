@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 import ray
 
-from benchmarks.measure import about, spread, written
+from benchmarks.measure import about, cluster, spread, written
 from benchmarks.rlkd_side import Unsaved
 from rlkd.algorithms.grpo import GRPO
 from rlkd.core.batch import Shares
@@ -106,7 +106,9 @@ class Timed(Report):
 
     marks: list[tuple[float, float]] = field(default_factory=list)
 
-    def step(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
+    def step(
+        self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], timings: Mapping[str, float]
+    ) -> None:
         super().step(step, groups, metrics, timings)
         self.marks.append((time.perf_counter(), time.process_time()))
 
@@ -175,17 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
     head = about("ray", "torch")
-    if not ray.is_initialized():
-        ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False,
-                 configure_logging=False)  # fmt: skip
-    with tempfile.TemporaryDirectory() as name:
+    with cluster(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "timed").mkdir()
         (folder / "counted").mkdir()
         marks = asyncio.run(run(options.steps, options.groups, folder / "timed")).marks
         calls, sent, got = asyncio.run(counted(3, options.groups, folder / "counted"))
         files = sum(f.stat().st_size for f in (folder / "timed").rglob("*") if f.is_file())
-    ray.shutdown()
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(marks[1:])]  # the first two fill the buffer
     rates = [options.groups / wall for wall, _ in steps]
     cpu = statistics.median(options.groups / used for _, used in steps)
@@ -196,9 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "# The control plane, without models",
         "",
         f"`python -m benchmarks.control_plane`, {head}",
-        f"{options.steps} steps of {options.groups} groups of {SAMPLES} answers of {TOKENS} tokens to prompts of {PROMPT}; "
-        "one rollout worker that writes at once, one reward worker with a child, one idle learner, staleness 1; steps "
-        "after the second.",
+        f"{options.steps} steps of {options.groups} groups of {SAMPLES} answers of {TOKENS} tokens to prompts of "
+        f"{PROMPT}; one rollout worker that writes at once, one reward worker with a child, one idle learner, "
+        "staleness 1; steps after the second.",
         "",
         "| what | |",
         "|---|---|",

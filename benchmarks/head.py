@@ -2,9 +2,9 @@
 
     python -m benchmarks.head [--rounds 3] [--trl-python .venv-trl/bin/python]
 
-T hidden states, a vocabulary of V; the sizes are those of SmolLM2-135M (49k) and Qwen2.5-0.5B (152k). Every form is in a
-process of its own, for every size a new one: memory is what its first call held beyond its inputs. Whole logits of more
-than 1 GiB are not tried. Without `--trl-python` TRL's function is left out, and that is said.
+T hidden states, a vocabulary of V; the sizes are those of SmolLM2-135M (49k) and Qwen2.5-0.5B (152k). Every form is in
+a process of its own, for every size a new one: memory is what its first call held beyond its inputs. Whole logits of
+more than 1 GiB are not tried. Without `--trl-python` TRL's function is left out, and that is said.
 """
 
 import argparse
@@ -79,8 +79,9 @@ def measured(size: tuple[int, int, int], rounds: int, threads: int, trl: str | N
             assert abs(first[f][norm] / first["rlkd"][norm] - 1) < 1e-4, (f, norm, first)
     gradient = vocabulary * width * 4
     return [
-        f"| {rows} | {vocabulary:,} | {FORMS[f]} | {statistics.median(taken[f]):.3f} | {ratio(taken[f], taken['rlkd']):.2f}"
-        f" | {first[f]['extra'] / MIB:.0f} | {(first[f]['extra'] - gradient) / MIB:.0f} |"
+        f"| {rows} | {vocabulary:,} | {FORMS[f]} | {statistics.median(taken[f]):.3f} | "
+        f"{ratio(taken[f], taken['rlkd']):.2f} | {first[f]['extra'] / MIB:.0f} | "
+        f"{(first[f]['extra'] - gradient) / MIB:.0f} |"
         for f in forms
     ]
 

@@ -1,12 +1,12 @@
-"""Tokens a second and memory of a learner's forward and backward pass (B4): padded, as transformers and TRL do it, beside
-packed with the prompts once.
+"""Tokens a second and memory of a learner's forward and backward pass (B4): padded, as transformers and TRL do it,
+beside packed with the prompts once.
 
     python -m benchmarks.learner models/smollm2 models/tiny [--rounds 3] [--trl-python .venv-trl/bin/python]
 
 Every form is in a process of its own; in each round one after the other takes the same new sequences: groups of eight
 answers to one prompt. A token counts once for each sequence it is in (nominal), however often it is computed. Memory is
-the most beyond weights and gradients, in the first step. The gradients of that step are compared. Without `--trl-python`
-the form with TRL's own head is left out, and that is said.
+the most beyond weights and gradients, in the first step. The gradients of that step are compared. Without
+`--trl-python` the form with TRL's own head is left out, and that is said.
 """
 
 import argparse
@@ -61,8 +61,8 @@ def drawn(seed: int, vocabulary: int, lengths: str) -> list[Group]:
 
 
 def padded(path: str, trl: str | None = None) -> tuple[Any, Callable[[Sequence[Group]], tuple[int, int]]]:
-    """transformers' model; a micro-batch is a group, as with TRL's per_device_train_batch_size=8. With `trl`, where TRL is
-    installed, its trunk and TRL's head; without, whole logits of the answers."""
+    """transformers' model; a micro-batch is a group, as with TRL's per_device_train_batch_size=8. With `trl`, where TRL
+    is installed, its trunk and TRL's head; without, whole logits of the answers."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").train()
@@ -106,8 +106,8 @@ def trl_head(site: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
 
     def logp(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        found: Tensor = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, CHUNK, None, 1.0, ("entropy",))[0]
-        return found
+        found = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, CHUNK, None, 1.0, ("entropy",))
+        return found[0]  # type: ignore[no-any-return]
 
     return logp
 
@@ -209,9 +209,9 @@ def measured(path: Path, lengths: str, rounds: int, threads: int, trl: str | Non
         computed = [f["computed"] / f["seconds"] for f in timed]
         used = [6 * (size[0] * f["computed"] + size[1] * f["rows"]) / f["seconds"] / peak for f in timed]
         rows.append(
-            f"| {path.name} | {lengths} | {FORMS[form]} | {spread(rates[form])} | {ratio(rates[form], rates['padded']):.2f}"
-            f" | {statistics.median(computed):.0f} | {statistics.median(used):.0%} | {found[form][0]['extra'] / MIB:.0f}"
-            f" | {errors[form]:.1e} |"
+            f"| {path.name} | {lengths} | {FORMS[form]} | {spread(rates[form])} | "
+            f"{ratio(rates[form], rates['padded']):.2f} | {statistics.median(computed):.0f} | "
+            f"{statistics.median(used):.0%} | {found[form][0]['extra'] / MIB:.0f} | {errors[form]:.1e} |"
         )
     return rows
 
@@ -257,8 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
         f"`python -m benchmarks.learner MODEL …`, {head}",
         f"float32, {options.threads} threads, {options.rounds} rounds after one that warms up; {GROUPS} prompts of "
-        f"{PROMPT[0]}–{PROMPT[1]} tokens × {SAMPLES} answers: *uniform* of 60 tokens, *tail* lognormal (median {ANSWER}, "
-        f"σ {SIGMA}, at most {LONGEST}). No optimizer step." + ("" if trl else " TRL's head was not run."),
+        f"{PROMPT[0]}–{PROMPT[1]} tokens × {SAMPLES} answers: *uniform* of 60 tokens, *tail* lognormal (median "
+        f"{ANSWER}, σ {SIGMA}, at most {LONGEST}). No optimizer step." + ("" if trl else " TRL's head was not run."),
         "",
         "| model | lengths | form | nominal tokens/s | × padded | computed tokens/s | of the fastest product | "
         "MiB beyond weights and gradients | gradient, relative error |",

@@ -83,6 +83,22 @@ def children(makers: Mapping[str, Callable[[], Work]], threads: int) -> Iterator
             child.end()
 
 
+@contextmanager
+def cluster() -> Iterator[None]:
+    """Ray on this machine alone, unless there is one already."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False,
+             configure_logging=False)  # fmt: skip
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def extra_bytes(call: Callable[[], Any]) -> float:
     """The most memory that `call` held beyond what was resident before; NaN where the kernel cannot say.
 

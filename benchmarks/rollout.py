@@ -3,8 +3,8 @@
     python -m benchmarks.rollout models/smollm2 [--rounds 3] [--compile]
 
 Eight prompts of 40 tokens × eight answers, of forced lengths: *uniform*, from the difference of a long and a short call
-(so that prompts do not count); *tail*, lognormal (median 24, σ 1, at most 192), whole calls. In each round one side after
-the other writes the same lengths. `--compile` adds vLLM with compilation (its first start takes minutes).
+(so that prompts do not count); *tail*, lognormal (median 24, σ 1, at most 192), whole calls. In each round one side
+after the other writes the same lengths. `--compile` adds vLLM with compilation (its first start takes minutes).
 """
 
 import argparse
@@ -32,8 +32,8 @@ Asked = tuple[list[np.ndarray], list[int]]  # prompts, and the tokens of each an
 def vllm(path: str, threads: int, eager: bool) -> Callable[[Asked], float]:
     from rlkd.engines.vllm import VLLMEngine
 
-    made = VLLMEngine.create(path=path, dtype="float32", device="cpu", threads=threads, context=512, kv_cache_gib=2.0,
-                             max_num_seqs=PROMPTS * SAMPLES, enforce_eager=eager)  # fmt: skip
+    made = VLLMEngine.create(path=path, dtype="float32", device="cpu", threads=threads, context=PROMPT + LONGEST,
+                             kv_cache_gib=2.0, max_num_seqs=PROMPTS * SAMPLES, enforce_eager=eager)  # fmt: skip
     made.start()
     runner, calls = asyncio.Runner(), iter(range(10**9))
 

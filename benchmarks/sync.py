@@ -1,9 +1,9 @@
-"""Seconds of a weight update while the sampler writes (B8): published, checked, put in; and whether it is right after five.
+"""Seconds of a weight update while the sampler writes (B8): published, checked, put in; and whether it is right.
 
     python -m benchmarks.sync models/smollm2 [--updates 5] [--engine vllm]
 
-This process is the learner: it changes all weights a little and publishes them. The sampler is an engine in a process of
-its own, which gets each version in the middle of eight answers. *Paused*: how long it wrote nothing. After the last
+This process is the learner: it changes all weights a little and publishes them. The sampler is an engine in a process
+of its own, which gets each version in the middle of eight answers. *Paused*: how long it wrote nothing. After the last
 update the log-probs of both are compared.
 """
 
@@ -138,8 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "# A weight update while the sampler writes",
         "",
         f"`python -m benchmarks.sync MODEL`, {options.model.name}, {options.engine}, {head}",
-        f"float32, {options.threads} threads; medians of {options.updates} updates (lowest–highest), each in the middle of "
-        f"{ROWS} answers of {TOKENS} tokens.",
+        f"float32, {options.threads} threads; medians of {options.updates} updates (lowest–highest), each in the "
+        f"middle of {ROWS} answers of {TOKENS} tokens.",
         "",
         "| what | |",
         "|---|---|",
