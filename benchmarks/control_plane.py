@@ -15,7 +15,8 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -47,6 +48,7 @@ from rlkd.workers.reward import RewardPool
 from rlkd.workers.rollout import spawner
 
 SAMPLES, GROUPS, TOKENS, PROMPT = 8, 64, 100, 60  # answers a group, groups a step, tokens of an answer and of a prompt
+COUNTED = 3  # steps whose calls are counted
 
 
 class Instant:
@@ -122,52 +124,74 @@ def prompts(n: int) -> list[Prompt]:
     return [Prompt(f"p{i}", draw.integers(0, 10, PROMPT).astype(np.int32), "1", text=f"question {i}") for i in range(n)]
 
 
-async def run(steps: int, groups: int, folder: Path) -> Timed:
-    """A run of so many steps on actors of its own."""
-    rewards: dict[str, Any] = {"arithmetic": find("arithmetic")()}
-    spawn = spawner("benchmarks.control_plane:Instant", {}, {}, lambda _: {})
-    pool = Pool("rollout", spawn, 1, Sampling(TOKENS), PoolOptions(probe_s=5.0))
-    verify = RewardPool(pack(rewards), Mix.of(rewards), text_of)
-    learner = LearnerGroup(1, lambda _: ray.remote(Idle).options(num_cpus=0).remote(), {"timeout_s": 60.0}, GRPO(),
-                           pool.deliver)  # fmt: skip
-    report = Timed(folder, text_of, steps)
-    asked = prompts(1000)
-    try:
-        await asyncio.gather(pool.start(), verify.start(), learner.start())
+@dataclass
+class Staff:
+    """The actors, and what the driver has of them."""
+
+    pool: Pool
+    verify: RewardPool
+    learner: LearnerGroup
+
+    @classmethod
+    @asynccontextmanager
+    async def start(cls) -> AsyncIterator["Staff"]:
+        rewards: dict[str, Any] = {"arithmetic": find("arithmetic")()}
+        spawn = spawner("benchmarks.control_plane:Instant", {}, {}, lambda _: {})
+        pool = Pool("rollout", spawn, 1, Sampling(TOKENS), PoolOptions(probe_s=5.0))
+        verify = RewardPool(pack(rewards), Mix.of(rewards), text_of)
+        idle = ray.remote(Idle).options(num_cpus=0)
+        learner = LearnerGroup(1, lambda _: idle.remote(), {"timeout_s": 60.0}, GRPO(), pool.deliver)
+        try:
+            await asyncio.gather(pool.start(), verify.start(), learner.start())
+            yield cls(pool, verify, learner)
+        finally:
+            await learner.finish()
+            verify.close()
+            pool.close()
+
+    async def run(self, steps: int, groups: int, folder: Path) -> Timed:
+        """A run of so many steps; what its report has seen."""
+        asked, report = prompts(1000), Timed(folder, text_of, steps)
         loop = Loop(
             Schedule(steps, groups, staleness=1), GRPO(rollout=Sampled(SAMPLES)), Uniform(asked, "", 0),
-            {p.id: p for p in asked}, Services(pool, verify), learner, Unsaved(Store(folder / "checkpoints")),
-            Evaluator((), Sampling(TOKENS), start=False, end=False), report,
+            {p.id: p for p in asked}, Services(self.pool, self.verify), self.learner,
+            Unsaved(Store(folder / "checkpoints")), Evaluator((), Sampling(TOKENS), start=False, end=False), report,
         )  # fmt: skip
         await loop.run()
-    finally:
-        await learner.finish()
-        verify.close()
-        pool.close()
         report.close()
-    return report
+        return report
 
 
-async def counted(steps: int, groups: int, folder: Path) -> tuple[Counter[str], int, int]:
+async def measured(steps: int, groups: int, folder: Path) -> tuple[Timed, "Counts"]:
+    """A run that is timed, then one of COUNTED steps whose calls are counted."""
+    for name in ("timed", "counted"):
+        (folder / name).mkdir()
+    counts = Counts()
+    async with Staff.start() as staff:
+        timed = await staff.run(steps, groups, folder / "timed")
+        with patch.object(ask, "_sent", counts.send), patch.object(ask, "call", counts.call):
+            await staff.run(COUNTED, groups, folder / "counted")
+    return timed, counts
+
+
+@dataclass
+class Counts:
     """Calls by method; bytes of arguments to all actors, and of the rollout workers' answers."""
-    calls, sent, got = Counter[str](), 0, 0
-    plain_sent, plain_call = ask._sent, ask.call
 
-    async def send(handle: Any, name: str, method: str, arguments: tuple[Any, ...]) -> Any:
-        nonlocal sent
-        calls[method] += 1
-        sent += len(pickle.dumps(arguments))
-        return await plain_sent(handle, name, method, arguments)
+    calls: Counter[str] = field(default_factory=Counter)
+    sent: int = 0
+    got: int = 0
+    plain: tuple[Any, Any] = (ask._sent, ask.call)
 
-    async def call(*arguments: Any, **more: Any) -> Any:
-        nonlocal got
-        answer = await plain_call(*arguments, **more)
-        got += len(pickle.dumps(answer))
+    async def send(self, handle: Any, name: str, method: str, arguments: tuple[Any, ...]) -> Any:
+        self.calls[method] += 1
+        self.sent += len(pickle.dumps(arguments))
+        return await self.plain[0](handle, name, method, arguments)
+
+    async def call(self, *arguments: Any, **more: Any) -> Any:
+        answer = await self.plain[1](*arguments, **more)
+        self.got += len(pickle.dumps(answer))
         return answer
-
-    with patch.object(ask, "_sent", send), patch.object(ask, "call", call):
-        await run(steps, groups, folder)
-    return calls, sent, got
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -178,17 +202,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     head = about("ray", "torch")
     with cluster(), tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "timed").mkdir()
-        (folder / "counted").mkdir()
-        marks = asyncio.run(run(options.steps, options.groups, folder / "timed")).marks
-        calls, sent, got = asyncio.run(counted(3, options.groups, folder / "counted"))
-        files = sum(f.stat().st_size for f in (folder / "timed").rglob("*") if f.is_file())
-    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(marks[1:])]  # the first two fill the buffer
+        timed, counts = asyncio.run(measured(options.steps, options.groups, Path(name)))
+        files = sum(f.stat().st_size for f in Path(name, "timed").rglob("*") if f.is_file())
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(timed.marks[1:])]  # the first two fill the buffer
     rates = [options.groups / wall for wall, _ in steps]
     cpu = statistics.median(options.groups / used for _, used in steps)
     share = sum(used for _, used in steps) / sum(wall for wall, _ in steps)
-    total = 3 * options.groups
+    total = COUNTED * options.groups
     arrays = SAMPLES * TOKENS * 8  # what an answer's tokens and log-probs are, as arrays
     written("control_plane.md", [
         "# The control plane, without models",
@@ -203,10 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"| groups/s, median of steps (lowest–highest) | {spread(rates)} |",
         f"| groups for a second of the driver's CPU | {cpu:.0f} |",
         f"| the driver's share of one core | {share:.0%} |",
-        f"| calls a group: {', '.join(f'{m} {n / total:.2f}' for m, n in calls.most_common())} | "
-        f"{calls.total() / total:.2f} |",
-        f"| bytes through the driver a group: sent | {sent / total:,.0f} |",
-        f"| … of rollout workers' answers (tokens and log-probs alone: {arrays:,}) | {got / total:,.0f} |",
+        f"| calls a group: {', '.join(f'{m} {n / total:.2f}' for m, n in counts.calls.most_common())} | "
+        f"{counts.calls.total() / total:.2f} |",
+        f"| bytes through the driver a group: sent | {counts.sent / total:,.0f} |",
+        f"| … of rollout workers' answers (tokens and log-probs alone: {arrays:,}) | {counts.got / total:,.0f} |",
         f"| bytes of the run's files a group | {files / options.steps / options.groups:,.0f} |",
         f"| the driver's memory at the end, MiB | {psutil.Process().memory_info().rss / 2**20:.0f} |",
     ], options.results)  # fmt: skip
