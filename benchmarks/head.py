@@ -1,6 +1,6 @@
 """Seconds and memory of the log-prob head, forward and backward (B5): whole logits, TRL's chunks, rlkd's chunks.
 
-    python -m benchmarks.head [--rounds 3] [--trl-python .venv-trl/bin/python]
+    python -m benchmarks.head [--rounds 2] [--trl-python .venv-trl/bin/python]
 
 T hidden states, a vocabulary of V; the sizes are those of SmolLM2-135M (49k) and Qwen2.5-0.5B (152k). Every form is in
 a process of its own, for every size a new one: memory is what its first call held beyond its inputs. Whole logits of
@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.learner import site_of, trl_head
 from benchmarks.measure import MIB, about, children, extra_bytes, ratio, seconds, written
 
-SIZES = [(512, 49_152, 576), (1024, 49_152, 576), (4096, 49_152, 576), (512, 151_936, 896), (2048, 151_936, 896)]
+SIZES = [(512, 49_152, 576), (1024, 49_152, 576), (4096, 49_152, 576), (512, 151_936, 896), (1024, 151_936, 896)]
 LARGEST = 2**30  # bytes of whole logits that are tried
 FORMS = {"naive": "whole logits", "trl": "TRL's chunks", "rlkd": "rlkd's chunks (core/logprob.py)"}
 
@@ -88,7 +88,7 @@ def measured(size: tuple[int, int, int], rounds: int, threads: int, trl: str | N
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--trl-python", help="the Python of an environment with TRL (benchmarks/vs_trl.py)")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")

@@ -1,7 +1,7 @@
 """Tokens a second and memory of a learner's forward and backward pass (B4): padded, as transformers and TRL do it,
 beside packed with the prompts once.
 
-    python -m benchmarks.learner models/smollm2 models/tiny [--rounds 3] [--trl-python .venv-trl/bin/python]
+    python -m benchmarks.learner models/smollm2 models/tiny [--rounds 2] [--trl-python .venv-trl/bin/python]
 
 Every form is in a process of its own; in each round one after the other takes the same new sequences: groups of eight
 answers to one prompt. A token counts once for each sequence it is in (nominal), however often it is computed. Memory is
@@ -238,7 +238,7 @@ def error(folder: Path, form: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--lengths", nargs="+", default=["tail", "uniform"], choices=["tail", "uniform"])
     parser.add_argument("--trl-python", help="the Python of an environment with TRL (benchmarks/vs_trl.py)")

@@ -1,6 +1,6 @@
 """Tokens a second of the sampler at 64 sequences (B6): rlkd's vLLM engine beside transformers' generate.
 
-    python -m benchmarks.rollout models/smollm2 [--rounds 3] [--compile]
+    python -m benchmarks.rollout models/smollm2 [--rounds 2] [--compile]
 
 Eight prompts of 40 tokens × eight answers, of forced lengths: *uniform*, from the difference of a long and a short call
 (so that prompts do not count); *tail*, lognormal (median 24, σ 1, at most 192), whole calls. In each round one side
@@ -119,7 +119,7 @@ def measured(path: Path, names: Sequence[str], rounds: int, tails: int, threads:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tails", type=int, default=2, help="rounds with a tail")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--without-vllm", action="store_true", help="transformers alone")
