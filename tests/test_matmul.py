@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkd.core import matmul
-from rlkd.core.matmul import Frozen, linear, on_onednn, product
+from rlkd.core.matmul import linear, on_onednn, product
 
 
 @settings(max_examples=30, deadline=None)
@@ -62,22 +62,3 @@ def test_a_torch_without_the_operator_is_no_error(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(linear(x, weight), torch.nn.functional.linear(x, weight), rtol=0, atol=0)
     finally:
         matmul._has_onednn.cache_clear()
-
-
-@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (1200, 8), (0, 8)])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_a_packed_weight_is_the_same_one(shape: tuple[int, ...], with_bias: bool) -> None:
-    g = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(*shape, generator=g), torch.randn(6, 8, generator=g)
-    bias = torch.randn(6, generator=g) if with_bias else None
-    assert Frozen.can(weight)
-    packed = Frozen(weight)
-    expected = torch.nn.functional.linear(x, weight, bias)
-    weight.zero_()
-    torch.testing.assert_close(packed.linear(x, bias), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_what_is_not_onednns_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not Frozen.can(torch.randn(6, 8, dtype=torch.bfloat16))
-    monkeypatch.setattr(matmul, "_has_onednn", lambda: False)
-    assert not Frozen.can(torch.randn(6, 8))

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from rlkd.core.errors import DataError
 from rlkd.core.ports import WeightRef
-from rlkd.engines.agreement import check_agreement
-from rlkd.engines.model import ModelOptions, Policy
 from rlkd.engines.scorer import Scorer, common_beginning
 from tests.learner_help import VOCABULARY, tiny_folder, tiny_model
 
@@ -115,22 +113,3 @@ def test_a_scorer_is_frozen(scorer: Scorer) -> None:
     assert not any(p.requires_grad for p in scorer.policy.parameters())
     with pytest.raises(ValueError, match="frozen"):
         asyncio.run(scorer.load(WeightRef(1, "nowhere", "")))
-
-
-def test_the_trunks_weights_are_in_memory_once(scorer: Scorer) -> None:
-    """Packed for the products of a CPU; and still there where a head is tied to the embedding."""
-    linear = [p for p in scorer.policy.model.modules() if type(p) is torch.nn.Linear]
-    head = scorer.policy.model.get_output_embeddings()
-    assert {layer.weight.numel() for layer in linear if layer is not head} == {0}
-    assert head.weight.numel()
-    assert not any(p.requires_grad for p in scorer.policy.parameters())
-
-
-def test_a_weight_that_two_layers_share_stays() -> None:
-    model = tiny_model()
-    layers = model.model.layers
-    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
-    frozen = Policy.of(model, ModelOptions("", device="cpu")).frozen()
-    assert layers[0].mlp.up_proj.weight.numel()
-    assert not layers[0].mlp.gate_proj.weight.numel()
-    check_agreement(frozen)

@@ -12,35 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PACKED_FOR = 1024  # rows of the products that a frozen weight is packed for; any number is computed
-
 
 def product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
     """a b. Without gradient."""
     if not on_onednn(a) or not a.numel() or not b.numel():  # oneDNN takes no empty matrices
         return torch.mm(a, b)
     return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-
-
-class Frozen:
-    """A weight [o, i] for products alone: on oneDNN packed once as it wants it, instead of in every product, which was
-    7 % of a scorer's CPU time. A copy; no gradient."""
-
-    def __init__(self, weight: Float[Tensor, "o i"]) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR)
-
-    @staticmethod
-    def can(weight: Tensor) -> bool:
-        """Whether products with this weight are oneDNN's, and this PyTorch packs weights for it."""
-        return on_onednn(weight) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-
-    def linear(self, x: Float[Tensor, "*r i"], bias: Float[Tensor, "o"] | None = None) -> Float[Tensor, "*r o"]:
-        """x Wᵀ + b."""
-        flat = x.reshape(-1, x.shape[-1])
-        if not len(flat):
-            return x.new_empty(*x.shape[:-1], self._packed.shape[0])
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(flat, self._packed, bias, "none", [], "")
-        return y.unflatten(0, x.shape[:-1])
 
 
 def on_onednn(x: Tensor) -> bool:
@@ -89,4 +66,4 @@ def linear(
     return y.unflatten(0, x.shape[:-1])
 
 
-__all__ = ["Frozen", "linear", "on_onednn", "product"]
+__all__ = ["linear", "on_onednn", "product"]

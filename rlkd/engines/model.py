@@ -3,7 +3,6 @@
 This is the one place that knows about the shift by one: the hidden state of token t's predecessor predicts token t.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from rlkd.core.batch import MicroBatch
 from rlkd.core.errors import PreflightError
 from rlkd.core.logprob import Head, likeliest, token_logp, tokens_at
-from rlkd.core.matmul import Frozen, linear
+from rlkd.core.matmul import linear
 from rlkd.core.ports import PolicyOutput
 from rlkd.core.prefix import Layout, layout
 from rlkd.core.types import TRAINED
@@ -102,19 +101,6 @@ class Policy(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(model.train(), options)
 
-    def frozen(self) -> "Policy":
-        """For scoring alone: no gradient, and on a CPU the trunk's weights packed for its products (core/matmul.py).
-
-        The plain ones are let go of, so that they are in memory once: nothing may read, load or save them any more.
-        """
-        self.requires_grad_(False)
-        owners = Counter(id(p) for m in self.model.modules() for p in m.parameters(recurse=False))
-        for layer in _trunk(self.model):
-            if Frozen.can(layer.weight) and owners[id(layer.weight)] == 1:  # nobody else needs it as it is
-                layer.forward = partial(Frozen(layer.weight).linear, bias=layer.bias)  # type: ignore[method-assign]
-                layer.weight.data = layer.weight.new_empty(0)
-        return self
-
     def forward(self, x: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(rows, log p, entropy, log Z, hidden) at the micro-batch's trained tokens; `rows` says which those are.
 
@@ -189,13 +175,9 @@ def _answer_questions(head: nn.Linear) -> None:
 
 def _with_fast_products(model: Any) -> None:
     """The trunk's linear layers by core.matmul; on a GPU and in bfloat16 that is torch's own."""
-    for part in _trunk(model):
-        part.forward = partial(_linear, part)  # type: ignore[method-assign]
-
-
-def _trunk(model: Any) -> list[nn.Linear]:
-    """Every linear layer but the head."""
-    return [p for p in model.modules() if type(p) is nn.Linear and p is not model.get_output_embeddings()]
+    for part in model.modules():
+        if type(part) is nn.Linear and part is not model.get_output_embeddings():
+            part.forward = partial(_linear, part)  # type: ignore[method-assign]
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Scorer:
         model = ModelOptions(
             o.path, o.dtype, o.device, o.attention, o.trust_remote_code, o.temperature, o.head_rows
         )  # fmt: skip
-        self.policy = Policy.load(model).frozen()
+        self.policy = Policy.load(model).requires_grad_(False)
         check_agreement(self.policy)
         config = self.policy.model.config.get_text_config()
         self.context: int = o.context or config.max_position_embeddings
