@@ -19,7 +19,6 @@ from typing import Any
 import yaml
 
 from rlkd import inputs
-from rlkd.algorithms.grpo import GRPO
 from rlkd.config.load import load
 from rlkd.core.ports import Knobs, Services, as_sample
 from rlkd.core.types import Group, Prompt
@@ -27,8 +26,11 @@ from rlkd.curriculum import Uniform
 from rlkd.fleet import Fleet
 from rlkd.rollout import Sampled
 from rlkd.run import evaluator
+from rlkd.store.store import Store
 from rlkd.train.checkpoint import Checkpoints
 from rlkd.train.loop import Loop
+
+STAGES = ("rollout", "verify", "score", "learn", "sync")
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,6 @@ class InOrder(Uniform):
         self.cursor += 1
         return prompt
 
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
-        self.prompts, self.cursor = prompts, 0
-
 
 class Unsaved(Checkpoints):
     """Saving is not measured."""
@@ -78,6 +77,9 @@ class Seconds:
     def step(self, step: int, groups: Any, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
         self.rows.append({"at": time.perf_counter(), **timings})
 
+    def resolved(self, step: int, rows: Any) -> None:
+        """Nothing is kept of the ledger."""
+
     def event(self, kind: str, text: str, **_: Any) -> None:
         print(kind, text, file=sys.stderr)
 
@@ -87,7 +89,7 @@ def recipe(spec: Mapping[str, Any], folder: Path) -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": t, "answer": "?"}) + "\n" for t in rows))
     (folder / "parity.py").write_text("def parity(prompt, text):\n    return float(len(text) % 2)\n")
     longest = max(n for step in spec["lengths"] for n in step)
-    settings = {
+    settings: dict[str, Any] = {
         "model": {"path": spec["model"]},
         "data": {"train": {"kind": "jsonl", "path": str(folder / "rows.jsonl")}},
         "algorithm": {"name": "grpo", "rollout": {"samples": spec["samples"]}},
@@ -98,6 +100,9 @@ def recipe(spec: Mapping[str, Any], folder: Path) -> Path:
         "evaluate": {"at_start": False, "at_end": False},
         "ray": {"wait_s": 60},
     }
+    if "teacher" in spec:
+        settings["algorithm"] |= {"name": "kdrl", "beta_0": 5e-3, "beta_decay": 0, "distill": spec["distill"]}
+        settings["teachers"] = {"teacher": {"path": spec["teacher"]}}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -112,9 +117,9 @@ async def measure(spec: Mapping[str, Any], folder: Path) -> Seconds:
     seconds = Seconds()
     async with Fleet.start(config, read, folder, seconds.event) as fleet:
         loop = Loop(
-            config.schedule, GRPO(rollout=rollout), InOrder(prompts), {p.id: p for p in prompts}, fleet.services,
-            fleet.learner, Unsaved(folder / "none"), evaluator(config, read), seconds,
-            max_tokens=config.learner.max_tokens,
+            config.schedule, replace(config.algorithm, rollout=rollout), InOrder(prompts, "", 0),
+            {p.id: p for p in prompts}, fleet.services, fleet.learner, Unsaved(Store(folder / "none")),
+            evaluator(config, read), seconds, max_tokens=config.learner.max_tokens,
         )  # fmt: skip
         await loop.run()
     return seconds
@@ -125,7 +130,7 @@ def main(spec_path: str, out_path: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         rows = asyncio.run(measure(spec, Path(name))).rows
     steps = [b["at"] - a["at"] for a, b in pairwise(rows)]
-    stages = {stage: [row.get(stage, 0.0) for row in rows[1:]] for stage in ("rollout", "verify", "learn", "sync")}
+    stages = {stage: [row.get(stage, 0.0) for row in rows[1:]] for stage in STAGES}
     Path(out_path).write_text(json.dumps({"seconds": [float("nan"), *steps], "stages": stages}))
 
 

@@ -1,10 +1,10 @@
-"""Tokens a second of teacher scoring: vLLM's prompt_logprobs against the packed forward of rlkd's scorer.
+"""Tokens a second of teacher scoring (B7): rlkd's packed forward against vLLM's prompt_logprobs and transformers.
 
     python -m benchmarks.teacher_scoring MODEL [--rounds N]
 
-Both run in a process of their own with the same number of threads; in each round the one and then the other scores the
-same new groups (so neither has them cached) while the other waits. Said are the medians, the median of the rounds'
-ratios, and how far the two are apart in nats. A token that several sequences share counts for each of them.
+Each runs in a process of its own with the same number of threads; in each round one after the other scores the same new
+groups (so none has them cached) while the others wait. Said are the medians, the medians of the rounds' ratios, and how
+far the scorer is from the others in nats. A token that several sequences share counts for each of them.
 """
 
 import argparse
@@ -42,9 +42,27 @@ def vllm(model: str, threads: int) -> Callable[[Any], Any]:
     return made.logp
 
 
+def padded(model: str, threads: int) -> Callable[[Any], Any]:
+    """A group at a time, side by side, whole logits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    made: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    async def logp(group: list[np.ndarray]) -> list[np.ndarray]:
+        ids = torch.from_numpy(np.stack(group).astype(np.int64))  # all of one length: nothing is padded here
+        with torch.inference_mode():
+            logits = made(ids).logits[:, :-1]
+            chosen = logits.gather(2, ids[:, 1:, None])[..., 0] - logits.logsumexp(2)
+        return [np.concatenate([[np.float32(np.nan)], row]) for row in chosen.numpy()]
+
+    return logp
+
+
 def serve(way: Connection, kind: str, model: str, threads: int) -> None:
     """A child: scores what it is sent, and says the numbers and the seconds."""
-    logp = {"scorer": scorer, "vllm": vllm}[kind](model, threads)
+    logp = {"scorer": scorer, "vllm": vllm, "padded": padded}[kind](model, threads)
 
     async def all_groups(groups: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
         return list(await asyncio.gather(*(logp(g) for g in groups)))
@@ -69,12 +87,12 @@ def drawn(seed: int) -> list[list[np.ndarray]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     context, ways, children = get_context("spawn"), {}, []
-    for kind in ("scorer", "vllm"):
+    for kind in ("scorer", "vllm", "padded"):
         ways[kind], theirs = context.Pipe()
         children.append(context.Process(target=serve, args=(theirs, kind, options.model, options.threads)))
         children[-1].start()
@@ -89,14 +107,17 @@ def main() -> None:
             seconds, scored[kind] = way.recv()
             if number >= 0:
                 rates[kind].append(tokens / seconds)
-        pairs = zip(scored["scorer"], scored["vllm"], strict=True)
-        apart = max(apart, *(float(np.nanmax(np.abs(a - b))) for g, h in pairs for a, b in zip(g, h, strict=True)))
+        for other in ("vllm", "padded"):
+            pairs = zip(scored["scorer"], scored[other], strict=True)
+            apart = max(apart, *(float(np.nanmax(np.abs(a - b))) for g, h in pairs for a, b in zip(g, h, strict=True)))
     for way in ways.values():
         way.send(None)
     for child in children:
         child.join(30)
     median = {kind: statistics.median(found) for kind, found in rates.items()}
-    ratio = statistics.median(a / b for a, b in zip(rates["scorer"], rates["vllm"], strict=True))
+    ratio = {
+        kind: statistics.median(a / b for a, b in zip(rates["scorer"], rates[kind], strict=True)) for kind in rates
+    }
     text = f"""# Scoring by a teacher: the packed forward and vLLM
 
 `python -m benchmarks.teacher_scoring MODEL`: {Path(options.model).name}, float32, {options.threads} threads, CPU; \
@@ -109,8 +130,11 @@ one after the other. Load of the machine before: {load:.1f}.
 {max(rates["scorer"]):,.0f} |
 | vLLM, `prompt_logprobs` (`engines/vllm.py`) | {median["vllm"]:,.0f} | {min(rates["vllm"]):,.0f} | \
 {max(rates["vllm"]):,.0f} |
+| transformers, side by side, whole logits | {median["padded"]:,.0f} | {min(rates["padded"]):,.0f} | \
+{max(rates["padded"]):,.0f} |
 
-Median of the rounds' ratios: the packed forward is {ratio:.2f} × as fast. The two are at most {apart:.1e} nats apart.
+Medians of the rounds' ratios: the packed forward is {ratio["vllm"]:.2f} × as fast as vLLM and {ratio["padded"]:.2f} × \
+as transformers. It is at most {apart:.1e} nats from either. All answers are of one length: nothing is lost to padding.
 On a machine with other work (load above the number of cores) only the ratio says something.
 """
     RESULTS.write_text(text, encoding="utf-8")

@@ -83,7 +83,7 @@ def main(spec_path: str, out_path: str) -> None:
         max_steps=len(spec["prompts"]),
         learning_rate=spec["lr"],
         lr_scheduler_type="constant",
-        beta=0.0,
+        beta=5e-3 if "teacher" in spec else 0.0,  # its reference is the model's start: the same work as a teacher
         temperature=1.0,
         loss_type="grpo",
         shuffle_dataset=False,

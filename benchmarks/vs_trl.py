@@ -1,10 +1,12 @@
 """rlkd's step beside TRL's GRPOTrainer: same model, prompts, answer lengths, learning rate, threads.
 
-    python benchmarks/vs_trl.py --model models/smollm2 --trl-python .venv-trl/bin/python [--repeats 3]
+    python benchmarks/vs_trl.py --model models/smollm2 --trl-python .venv-trl/bin/python [--repeats 3] [--teacher all]
 
 Both sides write exactly the same number of tokens (lengths are forced), at uniform lengths and with a long tail, and
 make the same number of optimizer steps; the first step of each run is a warm-up and not counted. Runs alternate, the
-ratio is taken pair by pair, and the median is what counts. TRL runs in an environment of its own:
+ratio is taken pair by pair, and the median is what counts. With `--teacher` rlkd runs KDRL with a second copy of the
+model as its teacher, of all answers or of wrong ones (by chance about half), and TRL its KL term to a reference, which
+is the same copy and scores all answers. TRL runs in an environment of its own:
 
     python3 -m venv .venv-trl && .venv-trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0
 """
@@ -26,7 +28,7 @@ HERE = Path(__file__).parent
 PROMPTS, SAMPLES, STEPS, MAX_TOKENS = 4, 8, 2, 128  # prompts a step, answers a prompt, steps that count
 
 
-def spec(kind: str, model: str, threads: int, seed: int) -> dict[str, Any]:
+def spec(kind: str, model: str, threads: int, seed: int, teacher: str | None = None) -> dict[str, Any]:
     """What both sides do: `lengths[step][row]` answer tokens."""
     rng = random.Random(seed)
     prompts = [
@@ -38,8 +40,9 @@ def spec(kind: str, model: str, threads: int, seed: int) -> dict[str, Any]:
         lengths = [[MAX_TOKENS] * rows for _ in prompts]
     else:  # lognormal, median 24, σ 1, at most 192
         lengths = [[max(2, min(192, round(24 * rng.lognormvariate(0, 1)))) for _ in range(rows)] for _ in prompts]
+    kd = {} if teacher is None else {"teacher": model, "distill": teacher}
     return {"model": model, "threads": threads, "samples": SAMPLES, "lr": 1e-6, "trl_batch": 8,
-            "prompts": prompts, "lengths": lengths}  # fmt: skip
+            "prompts": prompts, "lengths": lengths, **kd}  # fmt: skip
 
 
 def run(python: str, script: str, work: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -65,14 +68,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--kinds", nargs="+", default=["uniform", "tail"], choices=["uniform", "tail"])
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "vs_trl.json")
+    parser.add_argument("--teacher", choices=["all", "wrong"], help="which answers it scores")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    out = args.out or HERE / "results" / (f"vs_trl_teacher_{args.teacher}.json" if args.teacher else "vs_trl.json")
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for repeat in range(args.repeats):
             for kind in args.kinds:
-                work = spec(kind, str(Path(args.model).resolve()), args.threads, seed=repeat)
+                work = spec(kind, str(Path(args.model).resolve()), args.threads, repeat, args.teacher)
                 trl = run(args.trl_python, "trl_side.py", work, folder)
                 ours = run(sys.executable, "rlkd_side.py", work, folder)
                 tokens = sum(sum(step) for step in work["lengths"][1:]) / STEPS
@@ -88,11 +93,11 @@ def main() -> None:
                 row["ratio"] = row["trl_s"] / row["rlkd_s"]
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-                write(rows, args.out, args.threads)
-    print(table(json.loads(args.out.read_text())["summary"]))
+                write(rows, out, args.threads, args.teacher)
+    print(table(json.loads(out.read_text())["summary"]))
 
 
-def write(rows: list[dict[str, Any]], out: Path, threads: int) -> None:
+def write(rows: list[dict[str, Any]], out: Path, threads: int, teacher: str | None) -> None:
     """The result so far: a benchmark that was stopped has the pairs it measured."""
     kinds = dict.fromkeys(row["kind"] for row in rows)
     of = {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
@@ -107,7 +112,7 @@ def write(rows: list[dict[str, Any]], out: Path, threads: int) -> None:
         for kind, pairs in of.items()
     }
     about = {"date": time.strftime("%Y-%m-%d"), "machine": platform.processor() or platform.machine(),
-             "cores": os.cpu_count(), "threads": threads}  # fmt: skip
+             "cores": os.cpu_count(), "threads": threads, "teacher": teacher}  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"about": about, "summary": summary, "runs": rows}, indent=1) + "\n")
     out.with_suffix(".md").write_text(f"`python benchmarks/vs_trl.py`, {about}\n\n```\n{table(summary)}\n```\n")
