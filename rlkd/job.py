@@ -21,6 +21,7 @@ from rlkd.train.canary import Canary
 from rlkd.train.checkpoint import Checkpoints
 from rlkd.train.guards import Guards
 from rlkd.train.health import Alarms, Limits, bounds
+from rlkd.train.no_signal import PassRates
 
 PACKAGES = ("rlkd", "torch", "transformers", "deepspeed", "ray", "numpy")
 
@@ -88,7 +89,8 @@ def guards(config: Config, fleet: Fleet, tell: Callable[..., None]) -> Guards:
     h, roster = config.health, fleet.roster
     low = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and fleet.on_gpu)
     limits = bounds("bfloat16" if low else "float32", h.mismatch_warn, h.mismatch_stop, h.canary)
-    alarms = Alarms(limits, Limits(h.length_growth, h.entropy_share, h.repetition, h.truncated))
+    when = Limits(h.length_growth, h.entropy_share, h.repetition, h.truncated)
+    alarms = Alarms(limits, when, rates=PassRates(config.evaluate.success))
     learner, policy = fleet.learner, fleet.policy
     canary = Canary(h.canary_every, limits, learner.probe, policy.canary, learner.publish, tell)
     found = Guards(alarms, canary, metrics=fleet.metrics)

@@ -20,13 +20,13 @@ from rlkd.train.health import (
     Bounds,
     Facts,
     Limits,
-    PassRates,
     alarms,
     bounds,
     facts_of,
     mismatch_alarm,
     repetition,
 )
+from rlkd.train.no_signal import PassRates
 
 WELL = Facts(1, length=50.0, truncated=0.0, repetition=0.02, entropy=1.0, reward=0.5, spread={"a": 0.4, "b": 0.4})
 FP32 = DEFAULTS["float32"]
@@ -104,12 +104,13 @@ def test_a_healthy_run_is_left_alone() -> None:
         ("length", {"length": 120.0}),
         ("entropy", {"entropy": 0.05}),
         ("one_part", {"spread": {"a": 0.4, "b": 0.0}}),
+        ("no_signal", {"nothing": 1.0}),
     ],
 )
 def test_each_alarm_and_no_other(kind: str, what: Mapping[str, Any]) -> None:
     assert kinds(steps(40, **what)) == [kind]
     setting = {"length": "length_growth", "entropy": "entropy_share"}.get(kind, kind)
-    if kind != "one_part":
+    if kind not in ("one_part", "no_signal"):
         assert kinds(steps(40, **what), Limits(**{setting: 0.0})) == []
 
 
@@ -162,13 +163,13 @@ def test_advice_names_the_sources_hardest_first() -> None:
         rates.add(group([0.0, 0.0], "math-l5"))
         rates.add(group([1.0, 1.0], "arithmetic"))
     rates.add(group([1.0, 0.0], "math-l5"))
-    table = rates.advice(8).splitlines()
+    table = rates.advice().splitlines()
     assert [line.split()[0] for line in table[1:3]] == ["math-l5", "arithmetic"]
     assert table[1].split()[1:] == ["4", "12%", "0%", "75%"]
     assert table[2].split()[1:] == ["3", "100%", "100%", "0%"]
-    assert "algorithm.rollout.samples=16" in table[-1]
+    assert "algorithm.rollout.samples=4" in table[-1]
     rates.clear()
-    assert "no answer could be judged" in rates.advice(8)
+    assert "no answer could be judged" in rates.advice()
 
 
 @pytest.mark.faults("F56")
@@ -176,14 +177,14 @@ def test_advice_names_the_sources_hardest_first() -> None:
 def test_advice_says_what_to_try(rewards: list[float], said: str) -> None:
     rates = PassRates()
     rates.add(group(rewards))
-    assert rates.advice(4).splitlines()[-1].startswith(said)
+    assert rates.advice().splitlines()[-1].startswith(said)
 
 
 def test_a_rows_own_level_counts_apart() -> None:
     rates = PassRates()
     one = group([1.0, 0.0], "math")
     rates.add(replace(one, prompt=replace(one.prompt, metadata={"level": 5})))
-    assert "math, 5" in rates.advice(2)
+    assert "math, 5" in rates.advice()
 
 
 # --- canary

@@ -38,12 +38,12 @@ from rlkd.train.buffer import Buffer, Done
 from rlkd.train.checkpoint import Checkpoints, State
 from rlkd.train.evaluate import Evaluator
 from rlkd.train.guards import Guards
-from rlkd.train.health import Alarm, PassRates
+from rlkd.train.health import Alarm
 from rlkd.train.ledger import SKIPPED, TRAINED, Ledger, Row
+from rlkd.train.no_signal import IN_A_ROW, Barren, PassRates, TurnedAway
 from rlkd.train.rollout import scored, verified
 from rlkd.train.saving import Saving
 from rlkd.train.stages import Stages
-from rlkd.train.turned_away import TurnedAway
 
 Result = TypeVar("Result")
 
@@ -55,8 +55,8 @@ class Schedule:
     steps: int = 100  # optimizer steps
     groups_per_step: int = 16  # P: prompts whose groups make one step
     staleness: int = 0  # how many steps old a group may be when used; 0 is synchronous
-    max_turned_away: int = 10  # × P groups turned away in a row (no signal) before one of these happens:
-    on_no_signal: Literal["stop", "skip_step"] = "stop"  # the run ends; or the step is made of what was found till then
+    max_turned_away: int = 10  # × P groups in a row turned away, or trained without any signal, before one of these:
+    on_no_signal: Literal["stop", "skip_step"] = "stop"  # the run ends; or goes on with the groups it has
     max_retries: int = 3  # of one prompt, after a worker was lost
     stall_s: float = 120.0  # say what is awaited when it takes longer than this
 
@@ -127,7 +127,9 @@ class Loop:
         self.resume = None  # a learner that is lost later goes back to the newest
         self.step, self.last = state.step, state.last
         self.buffer = Buffer(self._slots, self.curriculum, state.ledger)
-        self.turned_away = TurnedAway(self._most_away, PassRates(self.success), self.schedule.on_no_signal == "stop")
+        most, stop = self._most_away, self.schedule.on_no_signal == "stop"
+        self.turned_away = TurnedAway(most, PassRates(self.success), stop)
+        self.barren = Barren(most, PassRates(self.success), stop, int(state.last.get(IN_A_ROW, 0)))
         self.knobs = self.algorithm.knobs(self.step, self.last)
         self.whole = True
         with self.stages.stage("sync"):
@@ -179,7 +181,7 @@ class Loop:
             why = None if credited.samples else self._reason(judged)
             self.turned_away.rates.add(judged)
             if why is not None:
-                self.turned_away.add(why, len(judged.own))
+                self.turned_away.add(why)
             await self.buffer.put(ticket, Done(judged, credited if why is None else None, why))
 
     async def _group(self, ticket: int, prompt: Prompt) -> Group:
@@ -243,6 +245,8 @@ class Loop:
             self.report.step(self.step, groups, {**self.last, **more}, self.stages.taken())
             for alarm in alarms:
                 self.report.event(alarm.kind, alarm.text, step=self.step)
+            if text := self.barren.told():
+                self.report.event("no_signal", text, step=self.step)
             self.checkpoints.store.news()
             if self.checkpoints.due(self.step, self.schedule.steps):
                 async with self.saving.idle:
@@ -275,7 +279,8 @@ class Loop:
                 self.curriculum.observe(done.judged)
             away = Counter(f"turned_away/{done.why}" for done in taken.values() if done.why is not None)
             self.turned_away.clear()
-            self.last = {**self.knobs, **metrics, **{name: float(n) for name, n in away.items()}}
+            barren = self.barren.step(groups)
+            self.last = {**self.knobs, **metrics, **{name: float(n) for name, n in away.items()}, **barren}
             self.knobs = self.algorithm.knobs(self.step, self.last)  # before a producer begins the next step's groups
             self.report.resolved(self.step, rows)
             alarms = self.guards.after_step(self.step, groups, self.last)

@@ -131,7 +131,7 @@ def exit_of(folder: Path, attempt: int) -> dict[str, Any]:
 
 
 LONG: dict[str, Any] = {
-    "schedule": {"steps": 500, "groups_per_step": 4},
+    "schedule": {"steps": 500, "groups_per_step": 4, "on_no_signal": "skip_step"},  # cut answers earn nothing
     "sampler": {"max_tokens": 16, "engine": "hf"},
     "evaluate": {"at_start": False, "at_end": False},
     "curriculum": {"name": "difficulty", "low": 0.0, "high": 1.0},
