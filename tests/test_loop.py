@@ -30,6 +30,8 @@ from rlkd.store import manifest
 from rlkd.store.store import Store
 from rlkd.train.checkpoint import Checkpoints
 from rlkd.train.evaluate import Evaluator
+from rlkd.train.guards import Guards
+from rlkd.train.health import DEFAULTS, Alarms
 from rlkd.train.loop import Loop, Schedule
 from tests.fakes import (
     AllPrompts,
@@ -280,6 +282,32 @@ def test_a_learner_that_dies_is_built_again_and_the_ledger_is_that_of_a_quiet_ru
     assert learner.trained == quiet.learner.trained  # type: ignore[attr-defined]
     assert loop.buffer.ledger.chain == quiet.buffer.ledger.chain
     assert loop.buffer.ledger.counts == {"trained": 30}
+
+
+@pytest.mark.faults("F58")
+def test_the_alarms_know_the_steps_before_an_interruption_and_before_a_rollback(tmp_path: Path) -> None:
+    def watched(folder: str, steps: int, past: FakeReport, dies: int = 0) -> Loop:
+        def rows() -> list[dict[str, Any]]:
+            return [{"step": step, **metrics} for step, _, metrics in past.rows]
+
+        policy = FakePolicy()
+        saves = Checkpoints(Store(tmp_path / folder), every=3)
+        loop = loop_of(
+            tmp_path, policy=policy, learner=FakeLearner(policy, dies=lambda n: n == dies), checkpoints=saves,
+            schedule=Schedule(steps=steps, groups_per_step=2), guards=Guards(Alarms(DEFAULTS["float32"], past=rows)),
+        )  # fmt: skip
+        assert asyncio.run(loop.run()) == 0
+        return loop
+
+    def history(loop: Loop) -> str:
+        assert loop.guards.alarms is not None
+        return repr(loop.guards.alarms.history)
+
+    quiet, first = watched("quiet", 12, FakeReport()), watched("twice", 7, FakeReport())
+    again = watched("twice", 12, first.report, dies=2)  # type: ignore[arg-type]
+    assert again.learner.rebuilt == 1  # type: ignore[attr-defined]
+    assert history(again) == history(quiet)
+    assert [row[0] for row in again.report.rows] == [8, 8, 9, 10, 11, 12]  # type: ignore[attr-defined]
 
 
 @pytest.mark.faults("F8")

@@ -7,8 +7,9 @@ alarms      answers get much longer, entropy collapses, answers repeat themselve
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -21,6 +22,7 @@ FIRST = 10  # steps that later ones are compared with
 LAST = 5  # steps of which the mean is compared
 EVERY = 20  # steps between two alarms of one kind
 NGRAM = 4  # tokens
+SPREAD = "health/spread/"
 NO_SIGNAL = "no_signal"  # the alarm that comes with advice
 FACTOR = 20.0  # the largest difference may be so many times the mean's bound
 
@@ -64,6 +66,32 @@ class Facts:
     mismatch: float = math.nan  # mean, nats
     mismatch_max: float = math.nan
     nothing: float = math.nan  # share of the groups that nothing can be learned from (train/no_signal.py)
+
+    def row(self) -> dict[str, float]:
+        """What of it a step's metrics do not have anyway, for `of_row`."""
+        own = {f"health/{name}": getattr(self, name) for name in ("length", "truncated", "repetition", "reward")}
+        return own | {f"{SPREAD}{name}": value for name, value in self.spread.items()}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Facts":
+        """From a row of metrics.jsonl. What it does not know is NaN."""
+
+        def of(name: str) -> float:
+            value = row.get(name)
+            return math.nan if value is None else float(value)
+
+        return cls(
+            step=int(row["step"]),
+            length=of("health/length"),
+            truncated=of("health/truncated"),
+            repetition=of("health/repetition"),
+            entropy=of("entropy"),
+            reward=of("health/reward"),
+            spread={name.removeprefix(SPREAD): of(name) for name in row if name.startswith(SPREAD)},
+            mismatch=of("mismatch/mean"),
+            mismatch_max=of("mismatch/max"),
+            nothing=of(SHARE),
+        )
 
 
 @dataclass(frozen=True)
@@ -210,13 +238,24 @@ class Alarms:
 
     bounds: Bounds
     limits: Limits = field(default_factory=Limits)
+    past: Callable[[], Iterable[Mapping[str, Any]]] = tuple  # the rows of metrics.jsonl, ascending
     history: list[Facts] = field(default_factory=list)
     rates: PassRates = field(default_factory=PassRates)  # of the steps in a row that nothing could be learned from
     _raised: dict[str, int] = field(default_factory=dict)
 
+    def begin(self, step: int) -> None:
+        """The run goes on after this step, in this process or a new one: compare with the same steps as before."""
+        known = {f.step: f for f in (*map(Facts.of_row, self.past()), *self.history)}
+        self.history = [known[s] for s in sorted(known) if s <= step]
+        self.rates.clear()
+
+    def row(self) -> dict[str, float]:
+        """Of the last step, for its row: what `begin` needs later."""
+        return self.history[-1].row() if self.history else {}
+
     def step(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> list[Alarm]:
-        """What is to be told after this step. DivergedError as `mismatch_alarm`. A step that is done again (the learner
-        was lost) replaces what came after it."""
+        """What is to be told after this step. DivergedError as `mismatch_alarm`. A step that is done again replaces
+        what came after it."""
         self.history = [f for f in self.history if f.step < step]
         now = facts_of(step, groups, metrics)
         self.history.append(now)

@@ -130,6 +130,7 @@ class Loop:
         most, stop = self._most_away, self.schedule.on_no_signal == "stop"
         self.turned_away = TurnedAway(most, PassRates(self.success), stop)
         self.barren = Barren(most, PassRates(self.success), stop, int(state.last.get(IN_A_ROW, 0)))
+        self.guards.begin(self.step)
         self.knobs = self.algorithm.knobs(self.step, self.last)
         self.whole = True
         with self.stages.stage("sync"):
@@ -241,7 +242,7 @@ class Loop:
                 await self.evaluator.if_due(self.step, self.schedule.steps, self.services)
             if self.step + self.schedule.staleness < self.schedule.steps:
                 await self.buffer.release(len(wanted))
-            more = {**self._staleness(groups), **canary, **self.guards.metrics()}
+            more = {**self._staleness(groups), **canary, **self.guards.row()}
             self.report.step(self.step, groups, {**self.last, **more}, self.stages.taken())
             for alarm in alarms:
                 self.report.event(alarm.kind, alarm.text, step=self.step)
