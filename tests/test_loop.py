@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlkd.algorithms.dapo import DAPO
 from rlkd.algorithms.grpo import GRPO
+from rlkd.algorithms.luffy import LUFFY
 from rlkd.core.errors import (
     CheckpointError,
     ConfigError,
@@ -23,9 +25,10 @@ from rlkd.core.errors import (
     PreflightError,
     Stopped,
 )
-from rlkd.core.ports import Sampling, Services
+from rlkd.core.ports import Completion, Sampling, Services
 from rlkd.core.stop import StopRequest
-from rlkd.rollout import Sampled
+from rlkd.core.types import Origin, Prompt
+from rlkd.rollout import Demonstrated, Sampled
 from rlkd.store import manifest
 from rlkd.store.store import Store
 from rlkd.train.checkpoint import Checkpoints
@@ -97,11 +100,7 @@ def test_staleness_bound_is_kept_and_reached(tmp_path: Path, staleness: int) -> 
     assert sorted(all_trained(loop)) == list(range(1000, 1000 + 90))
 
 
-def test_without_holding_slots_the_bound_breaks(tmp_path: Path) -> None:
-    """Negative control: give slots back before the new weights are in the samplers, and groups get too old."""
-    schedule = Schedule(steps=30, groups_per_step=3, staleness=0)
-    loop = loop_of(tmp_path, policy=FakePolicy(long_tailed(1)), schedule=schedule)
-
+def run_with_too_many_slots(loop: Loop) -> None:
     async def run() -> None:
         task = asyncio.create_task(loop.run())
         await asyncio.sleep(0)
@@ -111,7 +110,62 @@ def test_without_holding_slots_the_bound_breaks(tmp_path: Path) -> None:
         await task
 
     asyncio.run(run())
+
+
+@pytest.mark.faults("F17")
+def test_a_group_that_is_too_old_is_refused_and_nothing_saved(tmp_path: Path) -> None:
+    """And the negative control of the test above: with more slots than steps × groups, groups get too old."""
+    schedule = Schedule(steps=30, groups_per_step=3, staleness=0)
+    loop = loop_of(tmp_path, policy=FakePolicy(long_tailed(1)), schedule=schedule)
+    with pytest.raises(DivergedError, match=r"RLKD-T146.* \d steps old; schedule.staleness=0") as caught:
+        run_with_too_many_slots(loop)
+    assert caught.value.exit_code == 5
+    assert loop.checkpoints.store.steps() == {}
+    assert all(row[2]["staleness/max"] == 0 for row in loop.report.rows)  # type: ignore[attr-defined]
+
+
+@pytest.mark.faults("F17")
+def test_without_the_refusal_it_would_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the test above."""
+    monkeypatch.setattr(Loop, "_refuse_stale", lambda *_: None)
+    schedule = Schedule(steps=30, groups_per_step=3, staleness=0)
+    loop = loop_of(tmp_path, policy=FakePolicy(long_tailed(1)), schedule=schedule)
+    run_with_too_many_slots(loop)
     assert max(row[2]["staleness/max"] for row in loop.report.rows) > 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.faults("F17")
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_worker_that_writes_with_old_weights_is_found_by_what_its_answers_say(tmp_path: Path, staleness: int) -> None:
+    """Its version stays behind from the fourth on: what it wrote is trained as long as it is young enough."""
+
+    class Stuck(FakePolicy):
+        async def generate(self, *arguments: Any, **options: Any) -> list[Completion]:
+            written = await super().generate(*arguments, **options)
+            return [replace(c, versions=(min(c.versions[0], 3), c.versions[1])) for c in written]
+
+    schedule = Schedule(steps=30, groups_per_step=3, staleness=staleness)
+    loop = loop_of(tmp_path, policy=Stuck(), schedule=schedule)
+    with pytest.raises(DivergedError, match=rf"step {4 + staleness + 1}: .* {staleness + 1} steps old"):
+        asyncio.run(loop.run())
+    assert len(loop.learner.trained) == 4 + staleness  # type: ignore[attr-defined]
+
+
+@pytest.mark.faults("F17")
+def test_a_demonstration_has_no_age(tmp_path: Path) -> None:
+    class Shown(FakePolicy):
+        async def generate(self, *arguments: Any, **options: Any) -> list[Completion]:
+            return [replace(c, versions=(-7, -7)) for c in await super().generate(*arguments, **options)]
+
+    class Given(FakeVerify):
+        async def __call__(self, prompt: Prompt, samples: Any) -> Any:
+            judged = await super().__call__(prompt, samples)
+            teacher = [np.where(s.origin == Origin.POLICY, Origin.TEACHER, s.origin).astype(np.uint8) for s in judged]
+            return tuple(replace(s, origin=o) for s, o in zip(judged, teacher, strict=True))
+
+    loop = loop_of(tmp_path, policy=Shown(), verify=Given(), algorithm=LUFFY(rollout=Demonstrated(samples=4)))
+    assert asyncio.run(loop.run()) == 0
+    assert all(math.isnan(row[2]["staleness/max"]) for row in loop.report.rows)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("algorithm", [GRPO(rollout=Sampled(samples=2)), DAPO(rollout=Sampled(samples=2))])
@@ -191,6 +245,7 @@ def test_a_step_is_made_of_the_few_groups_with_a_signal_whoever_was_faster(tmp_p
         rows = [[(row.ticket, row.what) for row in rows] for _, rows in loop.report.ledger]  # type: ignore
         taken.append(rows)
         assert all(0 < sum(what == "trained" for _, what in step) < 4 for step in rows)
+        assert max(metrics["staleness/max"] for _, _, metrics in loop.report.rows) == 1  # type: ignore[attr-defined]
         assert len(loop.learner.trained) == 5  # type: ignore[attr-defined]
     assert taken[0] == taken[1] == taken[2]
 

@@ -229,7 +229,8 @@ class Loop:
 
     async def learn(self) -> None:
         while self.step < self.schedule.steps:
-            taken = await self.buffer.take(self.schedule.groups_per_step, self._most_away)
+            again = self._too_old if self.schedule.on_no_signal == "skip_step" else lambda _: False
+            taken = await self.buffer.take(self.schedule.groups_per_step, self._most_away, again)
             wanted = [d.credited for d in taken.values() if d.credited is not None]
             if len(wanted) < self.schedule.groups_per_step:
                 self.report.event("no_signal", self.turned_away.of_step(len(wanted)), step=self.step + 1)
@@ -262,6 +263,7 @@ class Loop:
                 "RLKD-C170", f"credit_step gave back {len(groups)} groups for {len(tickets)}",
                 where="algorithm", fix="leave groups out in `credit`, one by one",
             )  # fmt: skip
+        self._refuse_stale(groups)
         batch = pack(groups, self.learner.ranks, self.max_tokens, self.algorithm.whole_groups) if groups else []
         async with self.saving.idle:
             began, self.whole = time.monotonic(), False
@@ -288,10 +290,26 @@ class Loop:
             self.whole, self.held_s = True, max(self.held_s, time.monotonic() - began)
         return alarms
 
+    def _too_old(self, group: Group) -> bool:
+        return max(_ages([group], self.step), default=0) > self.schedule.staleness
+
+    def _refuse_stale(self, groups: Sequence[Group]) -> None:
+        """Before a step. The slots see to it that no group gets too old: DivergedError for one that did all the same (a
+        worker with old weights, a bug), because what it would do to the weights cannot be taken back."""
+        for group in groups:
+            if self._too_old(group):
+                age = max(_ages([group], self.step))
+                raise DivergedError(
+                    "RLKD-T146",
+                    f"step {self.step + 1}: an answer to prompt {group.prompt.id} was written with weights that are "
+                    f"{age} steps old; schedule.staleness={self.schedule.staleness}",
+                    where="schedule.staleness",
+                    fix="report this; the same command begins at the checkpoint before",
+                )
+
     def _staleness(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Of what the policy wrote; NaN for a step of demonstrations."""
-        written = [s for g in groups for s in g.samples if (s.origin == Origin.POLICY).any()]
-        ages: list[float] = [self.step - 1 - s.versions[0] for s in written] or [math.nan]
+        """After a step, of what the policy wrote; NaN for a step of demonstrations."""
+        ages: list[float] = [*_ages(groups, self.step - 1)] or [math.nan]
         return {"staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages))}
 
     async def _rebuild(self, lost: LearnerLost) -> None:
@@ -328,3 +346,10 @@ class Loop:
 
     def _late(self, text: str) -> None:
         self.report.event("waiting", text)
+
+
+def _ages(groups: Sequence[Group], step: int) -> list[int]:
+    """How many steps old each sample is that the policy had a part in, by its oldest token, when `step` steps are done.
+    What somebody else wrote has no age."""
+    written = [s for g in groups for s in g.samples if (s.origin == Origin.POLICY).any()]
+    return [step - s.versions[0] for s in written]
