@@ -320,6 +320,48 @@ def test_forgetting_what_is_owed_would_be_caught(tmp_path: Path) -> None:
     assert sorted(all_trained(second)) != list(range(1000, 1012))
 
 
+def nothing_forgotten(saved: dict[str, Any]) -> None:
+    """The checkpoint as it is."""
+
+
+def without_seeds(saved: dict[str, Any]) -> None:
+    saved["ledger"]["pending"] = [[ticket, prompt, 0] for ticket, prompt, _ in saved["ledger"]["pending"]]
+
+
+def without_curriculum(saved: dict[str, Any]) -> None:
+    saved["curriculum"] = {"cursor": 0}
+
+
+def without_owed(saved: dict[str, Any]) -> None:
+    ledger, owed = saved["ledger"], len(saved["ledger"]["pending"])
+    ledger |= {"pending": [], "frontier": ledger["next_ticket"], "beyond": []}
+    ledger["counts"]["trained"] += owed
+
+
+@pytest.mark.faults("F9")
+@pytest.mark.parametrize("forget", [nothing_forgotten, without_seeds, without_curriculum, without_owed])
+def test_an_interrupted_run_writes_the_same_tokens_unless_something_random_is_not_restored(
+    tmp_path: Path, forget: Callable[[dict[str, Any]], None]
+) -> None:
+    """Level L4 as far as the driver goes, with its negative controls. All that is random in a run's driver is the seeds
+    of owed prompts and where the curriculum stands: later seeds are a function of that."""
+
+    def written(loop: Loop) -> dict[int, list[list[int]]]:
+        rows = loop.report.rows  # type: ignore[attr-defined]
+        return {step: [s.tokens.tolist() for g in groups for s in g.samples] for step, groups, _ in rows}
+
+    schedule = Schedule(steps=5, groups_per_step=3, staleness=1)
+    quiet = loop_of(tmp_path / "quiet", schedule=schedule)
+    asyncio.run(quiet.run())
+    stopped_after(2, tmp_path / "cut", schedule=schedule)
+    change_driver(tmp_path / "cut" / "checkpoints" / "step-000002", forget)
+    second = loop_of(tmp_path / "cut", schedule=schedule)
+    asyncio.run(second.run())
+    expected = {step: tokens for step, tokens in written(quiet).items() if step > 2}
+    assert sorted(expected) == [3, 4, 5]
+    assert (written(second) == expected) == (forget is nothing_forgotten)
+
+
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.faults("F8")
 def test_a_learner_that_dies_is_built_again_and_the_ledger_is_that_of_a_quiet_run(tmp_path: Path, seed: int) -> None:
