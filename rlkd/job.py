@@ -14,6 +14,7 @@ from rlkd.core.errors import PreflightError
 from rlkd.core.stop import Stop
 from rlkd.fleet import Fleet
 from rlkd.report.files import read_lines
+from rlkd.report.history import latest
 from rlkd.store.remote import Remote
 from rlkd.store.retention import Keep
 from rlkd.store.store import Store
@@ -21,6 +22,7 @@ from rlkd.train.canary import Canary
 from rlkd.train.checkpoint import Checkpoints
 from rlkd.train.guards import Guards
 from rlkd.train.health import Alarms, Limits, bounds
+from rlkd.train.no_signal import PassRates
 
 PACKAGES = ("rlkd", "torch", "transformers", "deepspeed", "ray", "numpy")
 
@@ -83,18 +85,28 @@ def topology(config: Config) -> dict[str, Any]:
     }
 
 
-def guards(config: Config, fleet: Fleet, tell: Callable[..., None]) -> Guards:
-    """What looks after the run of this fleet."""
+def guards(config: Config, fleet: Fleet, directory: Path, tell: Callable[..., None]) -> Guards:
+    """What looks after the run of this fleet in `directory`."""
     h, roster = config.health, fleet.roster
     low = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and fleet.on_gpu)
     limits = bounds("bfloat16" if low else "float32", h.mismatch_warn, h.mismatch_stop, h.canary)
-    alarms = Alarms(limits, Limits(h.length_growth, h.entropy_share, h.repetition, h.truncated))
+    when = Limits(h.length_growth, h.entropy_share, h.repetition, h.truncated)
+    alarms = Alarms(limits, when, lambda: past_rows(directory, tell), rates=PassRates(config.evaluate.success))
     learner, policy = fleet.learner, fleet.policy
     canary = Canary(h.canary_every, limits, learner.probe, policy.canary, learner.publish, tell)
     found = Guards(alarms, canary, metrics=fleet.metrics)
     if roster is not None:
         found.stalled, found.counters = roster.stalled, roster.counters
     return found
+
+
+def past_rows(directory: Path, tell: Callable[..., None]) -> list[dict[str, Any]]:
+    """One row a step that the run has done, of the attempt that did it last; none, and told, if the file is broken."""
+    try:
+        return latest(read_lines(directory / "metrics.jsonl"))
+    except (ValueError, KeyError) as broken:
+        tell("warning", f"the alarms do not know the steps before this attempt: {broken}")
+        return []
 
 
 @asynccontextmanager

@@ -159,7 +159,7 @@ async def _train(
             max_tokens=config.learner.max_tokens,
             success=config.evaluate.success,
             stop=stop,
-            guards=guards(config, fleet, report.event),
+            guards=guards(config, fleet, attempt.directory, report.event),
             resume=start.step,
             max_restarts=config.learner.max_restarts,
             max_failed_saves=config.checkpoint.max_failed_saves,

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import DistNetworkError, TCPStore
 
 from rlkd.algorithms.grpo import GRPO
-from rlkd.core.batch import Shares, pack
+from rlkd.core.batch import Shares, effective_sample_size, pack
 from rlkd.core.errors import DivergedError, LearnerLost
 from rlkd.core.ports import Learner, PolicyOutput, WeightRef
 from rlkd.core.types import Origin
@@ -26,6 +26,7 @@ from rlkd.engines.optimizer import GuardedAdamW, decayed, learning_rate
 from rlkd.workers import learner
 from rlkd.workers.learner import LearnerGroup, LearnerRank
 from tests.learner_help import random_groups
+from tests.toys import group_of, prompt_of
 
 # --- learning rate
 
@@ -190,6 +191,56 @@ def test_mismatch_is_of_the_tokens_the_policy_sampled() -> None:
     assert found["tokens"] == trained
 
 
+def of_weights(weights: Sequence[Sequence[float]], ranks: int, max_tokens: int) -> list[Shares]:
+    """Each rank's shares of a step whose tokens have these w = π/μ, a sample at a time."""
+    groups = [group_of([0.0], [len(w)], None, prompt_of(2, f"p{i}")) for i, w in enumerate(weights)]
+    of_length = {len(w): torch.tensor(w).log() - 1.0 for w in weights}  # μ is e⁻¹ everywhere
+    assert len(of_length) == len(weights)
+    found = [Shares() for _ in range(ranks)]
+    for turn in pack(groups, ranks, max_tokens):
+        for x, shares in zip(turn, found, strict=True):
+            lengths = [int((x.mask(Origin.POLICY) & (x.segment == i)).sum()) for i in range(x.samples)]
+            logp = torch.full(x.tokens.shape, torch.nan)
+            logp[x.mask(Origin.POLICY)] = torch.cat([of_length[n] for n in lengths])
+            metrics, maxima = _diagnosed(PolicyOutput(logp, torch.ones_like(logp), lambda ids: ids.float()), x)
+            shares.add(metrics, maxima, x.weight)
+    return found
+
+
+@pytest.mark.faults("F57")
+@pytest.mark.parametrize(
+    ("weights", "ess"),
+    [
+        ([[1.0], [1.0, 1.0]], 1.0),
+        ([[3.0], [3.0, 3.0]], 1.0),  # all alike
+        ([[1.0], [1.0, 2.0], [4.0, 1.0, 1.0]], 10**2 / (6 * 24)),
+        ([[0.01], [0.01, 100.0]], 100.02**2 / (3 * (100**2 + 2e-4))),  # one token outweighs the others: 1/3
+    ],
+)
+@pytest.mark.parametrize(("ranks", "max_tokens"), [(1, 1000), (1, 5), (2, 5), (3, 1000), (4, 5)])
+def test_effective_sample_size_is_of_the_whole_step_whatever_the_split(
+    weights: list[list[float]], ess: float, ranks: int, max_tokens: int
+) -> None:
+    found = effective_sample_size(Shares.merged(of_weights(weights, ranks, max_tokens)))
+    assert found["mismatch/ess"] == pytest.approx(ess, rel=1e-5)
+
+
+@pytest.mark.faults("F57")
+def test_a_mean_of_each_ranks_own_effective_sample_size_would_be_caught() -> None:
+    """Negative control of the test above: two ranks whose weights differ only from one another."""
+    weights = [[1.0, 1.0], [9.0, 9.0, 9.0]]
+    ranks = of_weights(weights, 2, 1000)
+    own = [effective_sample_size(Shares.merged([r]))["mismatch/ess"] for r in ranks]
+    whole = effective_sample_size(Shares.merged(ranks))["mismatch/ess"]
+    assert whole == pytest.approx(29**2 / (5 * 245), rel=1e-5)
+    assert sum(own) / 2 != pytest.approx(whole, rel=0.1)
+
+
+def test_without_sampled_tokens_there_is_no_effective_sample_size() -> None:
+    assert effective_sample_size({"loss": 1.0}) == {}
+    assert effective_sample_size({"mismatch/weight": 0.0, "mismatch/weight_squared": 0.0}) == {}
+
+
 # --- the group of ranks, with actors in this process
 
 
@@ -250,7 +301,8 @@ def group(*answers: Mapping[str, Any], timeout_s: float = 5.0) -> tuple[LearnerG
 
 def shares(loss: float, norm: float) -> Shares:
     made = Shares()
-    made.add({"loss": torch.tensor(loss)}, {"grad_norm": torch.tensor(norm)}, 1.0)
+    weights = {"mismatch/weight": torch.tensor(loss), "mismatch/weight_squared": torch.tensor(1.0)}
+    made.add({"loss": torch.tensor(loss), **weights}, {"grad_norm": torch.tensor(norm)}, 1.0)
     return made
 
 
@@ -285,7 +337,8 @@ def test_each_rank_gets_its_column_and_shares_add_up() -> None:
         await both.publish(3)
         return metrics
 
-    assert asyncio.run(run()) == {"loss": 0.75, "grad_norm": 2.0}
+    assert asyncio.run(run()) == {"loss": 0.75, "grad_norm": 2.0, "mismatch/weight": 0.75,
+                                  "mismatch/weight_squared": 2.0, "mismatch/ess": 0.75**2 / 2}  # fmt: skip
     for i, rank in enumerate(ranks):
         mine, knobs = dict(rank.asked)["update"]
         assert mine == [turn[i] for turn in batch]

@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlkd.algorithms.dapo import DAPO
 from rlkd.algorithms.grpo import GRPO
+from rlkd.algorithms.luffy import LUFFY
 from rlkd.core.errors import (
     CheckpointError,
     ConfigError,
@@ -23,13 +25,16 @@ from rlkd.core.errors import (
     PreflightError,
     Stopped,
 )
-from rlkd.core.ports import Sampling, Services
+from rlkd.core.ports import Completion, Sampling, Services
 from rlkd.core.stop import StopRequest
-from rlkd.rollout import Sampled
+from rlkd.core.types import Origin, Prompt
+from rlkd.rollout import Demonstrated, Sampled
 from rlkd.store import manifest
 from rlkd.store.store import Store
 from rlkd.train.checkpoint import Checkpoints
 from rlkd.train.evaluate import Evaluator
+from rlkd.train.guards import Guards
+from rlkd.train.health import DEFAULTS, Alarms
 from rlkd.train.loop import Loop, Schedule
 from tests.fakes import (
     AllPrompts,
@@ -95,11 +100,7 @@ def test_staleness_bound_is_kept_and_reached(tmp_path: Path, staleness: int) -> 
     assert sorted(all_trained(loop)) == list(range(1000, 1000 + 90))
 
 
-def test_without_holding_slots_the_bound_breaks(tmp_path: Path) -> None:
-    """Negative control: give slots back before the new weights are in the samplers, and groups get too old."""
-    schedule = Schedule(steps=30, groups_per_step=3, staleness=0)
-    loop = loop_of(tmp_path, policy=FakePolicy(long_tailed(1)), schedule=schedule)
-
+def run_with_too_many_slots(loop: Loop) -> None:
     async def run() -> None:
         task = asyncio.create_task(loop.run())
         await asyncio.sleep(0)
@@ -109,7 +110,62 @@ def test_without_holding_slots_the_bound_breaks(tmp_path: Path) -> None:
         await task
 
     asyncio.run(run())
+
+
+@pytest.mark.faults("F17")
+def test_a_group_that_is_too_old_is_refused_and_nothing_saved(tmp_path: Path) -> None:
+    """And the negative control of the test above: with more slots than steps × groups, groups get too old."""
+    schedule = Schedule(steps=30, groups_per_step=3, staleness=0)
+    loop = loop_of(tmp_path, policy=FakePolicy(long_tailed(1)), schedule=schedule)
+    with pytest.raises(DivergedError, match=r"RLKD-T146.* \d steps old; schedule.staleness=0") as caught:
+        run_with_too_many_slots(loop)
+    assert caught.value.exit_code == 5
+    assert loop.checkpoints.store.steps() == {}
+    assert all(row[2]["staleness/max"] == 0 for row in loop.report.rows)  # type: ignore[attr-defined]
+
+
+@pytest.mark.faults("F17")
+def test_without_the_refusal_it_would_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the test above."""
+    monkeypatch.setattr(Loop, "_refuse_stale", lambda *_: None)
+    schedule = Schedule(steps=30, groups_per_step=3, staleness=0)
+    loop = loop_of(tmp_path, policy=FakePolicy(long_tailed(1)), schedule=schedule)
+    run_with_too_many_slots(loop)
     assert max(row[2]["staleness/max"] for row in loop.report.rows) > 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.faults("F17")
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_worker_that_writes_with_old_weights_is_found_by_what_its_answers_say(tmp_path: Path, staleness: int) -> None:
+    """Its version stays behind from the fourth on: what it wrote is trained as long as it is young enough."""
+
+    class Stuck(FakePolicy):
+        async def generate(self, *arguments: Any, **options: Any) -> list[Completion]:
+            written = await super().generate(*arguments, **options)
+            return [replace(c, versions=(min(c.versions[0], 3), c.versions[1])) for c in written]
+
+    schedule = Schedule(steps=30, groups_per_step=3, staleness=staleness)
+    loop = loop_of(tmp_path, policy=Stuck(), schedule=schedule)
+    with pytest.raises(DivergedError, match=rf"step {4 + staleness + 1}: .* {staleness + 1} steps old"):
+        asyncio.run(loop.run())
+    assert len(loop.learner.trained) == 4 + staleness  # type: ignore[attr-defined]
+
+
+@pytest.mark.faults("F17")
+def test_a_demonstration_has_no_age(tmp_path: Path) -> None:
+    class Shown(FakePolicy):
+        async def generate(self, *arguments: Any, **options: Any) -> list[Completion]:
+            return [replace(c, versions=(-7, -7)) for c in await super().generate(*arguments, **options)]
+
+    class Given(FakeVerify):
+        async def __call__(self, prompt: Prompt, samples: Any) -> Any:
+            judged = await super().__call__(prompt, samples)
+            teacher = [np.where(s.origin == Origin.POLICY, Origin.TEACHER, s.origin).astype(np.uint8) for s in judged]
+            return tuple(replace(s, origin=o) for s, o in zip(judged, teacher, strict=True))
+
+    loop = loop_of(tmp_path, policy=Shown(), verify=Given(), algorithm=LUFFY(rollout=Demonstrated(samples=4)))
+    assert asyncio.run(loop.run()) == 0
+    assert all(math.isnan(row[2]["staleness/max"]) for row in loop.report.rows)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("algorithm", [GRPO(rollout=Sampled(samples=2)), DAPO(rollout=Sampled(samples=2))])
@@ -189,6 +245,7 @@ def test_a_step_is_made_of_the_few_groups_with_a_signal_whoever_was_faster(tmp_p
         rows = [[(row.ticket, row.what) for row in rows] for _, rows in loop.report.ledger]  # type: ignore
         taken.append(rows)
         assert all(0 < sum(what == "trained" for _, what in step) < 4 for step in rows)
+        assert max(metrics["staleness/max"] for _, _, metrics in loop.report.rows) == 1  # type: ignore[attr-defined]
         assert len(loop.learner.trained) == 5  # type: ignore[attr-defined]
     assert taken[0] == taken[1] == taken[2]
 
@@ -263,6 +320,48 @@ def test_forgetting_what_is_owed_would_be_caught(tmp_path: Path) -> None:
     assert sorted(all_trained(second)) != list(range(1000, 1012))
 
 
+def nothing_forgotten(saved: dict[str, Any]) -> None:
+    """The checkpoint as it is."""
+
+
+def without_seeds(saved: dict[str, Any]) -> None:
+    saved["ledger"]["pending"] = [[ticket, prompt, 0] for ticket, prompt, _ in saved["ledger"]["pending"]]
+
+
+def without_curriculum(saved: dict[str, Any]) -> None:
+    saved["curriculum"] = {"cursor": 0}
+
+
+def without_owed(saved: dict[str, Any]) -> None:
+    ledger, owed = saved["ledger"], len(saved["ledger"]["pending"])
+    ledger |= {"pending": [], "frontier": ledger["next_ticket"], "beyond": []}
+    ledger["counts"]["trained"] += owed
+
+
+@pytest.mark.faults("F9")
+@pytest.mark.parametrize("forget", [nothing_forgotten, without_seeds, without_curriculum, without_owed])
+def test_an_interrupted_run_writes_the_same_tokens_unless_something_random_is_not_restored(
+    tmp_path: Path, forget: Callable[[dict[str, Any]], None]
+) -> None:
+    """Level L4 as far as the driver goes, with its negative controls. All that is random in a run's driver is the seeds
+    of owed prompts and where the curriculum stands: later seeds are a function of that."""
+
+    def written(loop: Loop) -> dict[int, list[list[int]]]:
+        rows = loop.report.rows  # type: ignore[attr-defined]
+        return {step: [s.tokens.tolist() for g in groups for s in g.samples] for step, groups, _ in rows}
+
+    schedule = Schedule(steps=5, groups_per_step=3, staleness=1)
+    quiet = loop_of(tmp_path / "quiet", schedule=schedule)
+    asyncio.run(quiet.run())
+    stopped_after(2, tmp_path / "cut", schedule=schedule)
+    change_driver(tmp_path / "cut" / "checkpoints" / "step-000002", forget)
+    second = loop_of(tmp_path / "cut", schedule=schedule)
+    asyncio.run(second.run())
+    expected = {step: tokens for step, tokens in written(quiet).items() if step > 2}
+    assert sorted(expected) == [3, 4, 5]
+    assert (written(second) == expected) == (forget is nothing_forgotten)
+
+
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.faults("F8")
 def test_a_learner_that_dies_is_built_again_and_the_ledger_is_that_of_a_quiet_run(tmp_path: Path, seed: int) -> None:
@@ -280,6 +379,32 @@ def test_a_learner_that_dies_is_built_again_and_the_ledger_is_that_of_a_quiet_ru
     assert learner.trained == quiet.learner.trained  # type: ignore[attr-defined]
     assert loop.buffer.ledger.chain == quiet.buffer.ledger.chain
     assert loop.buffer.ledger.counts == {"trained": 30}
+
+
+@pytest.mark.faults("F58")
+def test_the_alarms_know_the_steps_before_an_interruption_and_before_a_rollback(tmp_path: Path) -> None:
+    def watched(folder: str, steps: int, past: FakeReport, dies: int = 0) -> Loop:
+        def rows() -> list[dict[str, Any]]:
+            return [{"step": step, **metrics} for step, _, metrics in past.rows]
+
+        policy = FakePolicy()
+        saves = Checkpoints(Store(tmp_path / folder), every=3)
+        loop = loop_of(
+            tmp_path, policy=policy, learner=FakeLearner(policy, dies=lambda n: n == dies), checkpoints=saves,
+            schedule=Schedule(steps=steps, groups_per_step=2), guards=Guards(Alarms(DEFAULTS["float32"], past=rows)),
+        )  # fmt: skip
+        assert asyncio.run(loop.run()) == 0
+        return loop
+
+    def history(loop: Loop) -> str:
+        assert loop.guards.alarms is not None
+        return repr(loop.guards.alarms.history)
+
+    quiet, first = watched("quiet", 12, FakeReport()), watched("twice", 7, FakeReport())
+    again = watched("twice", 12, first.report, dies=2)  # type: ignore[arg-type]
+    assert again.learner.rebuilt == 1  # type: ignore[attr-defined]
+    assert history(again) == history(quiet)
+    assert [row[0] for row in again.report.rows] == [8, 8, 9, 10, 11, 12]  # type: ignore[attr-defined]
 
 
 @pytest.mark.faults("F8")

@@ -31,7 +31,7 @@ from rlkd.core import shaping, surrogate
 from rlkd.core.batch import MicroBatch, Norm
 from rlkd.core.ports import Knobs, Loss, PolicyOutput
 from rlkd.core.shaping import Shape
-from rlkd.core.types import TRAINED, Finish, Group, Origin, Signal
+from rlkd.core.types import TRAINED, Finish, Group, Origin, Sample, Signal
 from rlkd.rollout import Demonstrated
 
 
@@ -83,19 +83,24 @@ class LUFFY(GRPO):
         return found
 
     def credit(self, group: Group) -> Group:
-        """Â against all rows, or against the policy's own; the same at every token of a sample."""
+        """Â against all rows, or against the policy's own; the same at every token of a sample. Under `sft_weight` 1 at
+        a teacher's tokens: they are learned whatever they earned."""
         if self.advantage == "union":
             credited = super().credit(group)
         else:
             own = np.array([not s.guided for s in group.samples])
             credited = with_advantages(group, against_own(group.rewards, own, self.standardize))
-        if not self.drop_truncated_advantage:
-            return credited
-        samples = [
-            replace(s, advantage=np.zeros(len(s.tokens), np.float32)) if s.finish == Finish.LENGTH else s
-            for s in credited.samples
-        ]
-        return replace(credited, samples=tuple(samples))
+        return replace(credited, samples=tuple(self._changed(s) for s in credited.samples))
+
+    def _changed(self, sample: Sample) -> Sample:
+        """With the advantages that are not the rewards'."""
+        assert sample.advantage is not None
+        values = sample.advantage
+        if self.drop_truncated_advantage and sample.finish == Finish.LENGTH:
+            values = np.zeros_like(values)
+        if self.sft_weight:
+            values = np.where(sample.origin == Origin.TEACHER, np.float32(1.0), values)
+        return replace(sample, advantage=values)
 
     def loss(self, pi: PolicyOutput, x: MicroBatch, knobs: Knobs) -> Loss:
         found = super().loss(pi, x, knobs)

@@ -284,4 +284,13 @@ class Shares:
         return total
 
 
-__all__ = ["MicroBatch", "Norm", "Shares", "Totals", "microbatch", "pack", "shared_prompt"]
+def effective_sample_size(metrics: Mapping[str, float]) -> dict[str, float]:
+    """`mismatch/ess` of a whole step, from its means of w = π/μ and w² over n tokens: (Σw)² / (n Σw²), the share of the
+    tokens that as many equal weights would be worth. 1: sampler and learner agree; 1/n: one token outweighs all others.
+    Of sums over the step alone: a mean of micro-batches' own shares would be too large. Nothing without sampled tokens.
+    """
+    mean, square = metrics.get("mismatch/weight", 0.0), metrics.get("mismatch/weight_squared", 0.0)
+    return {"mismatch/ess": mean**2 / square} if square else {}
+
+
+__all__ = ["MicroBatch", "Norm", "Shares", "Totals", "effective_sample_size", "microbatch", "pack", "shared_prompt"]

@@ -279,11 +279,14 @@ def _diagnosed(pi: PolicyOutput, x: MicroBatch) -> tuple[dict[str, Tensor], dict
     """Shares and maxima every algorithm has: counts, entropy, and how far sampler and learner are apart."""
     sampled, logp = x.mask(Origin.POLICY), pi.logp.detach()
     apart = logp - x.behavior_logp
+    weight = apart.double().clamp(-kl.BOUND, kl.BOUND).exp()  # w = π/μ of a token
     metrics = {
         "tokens": x.mask(TRAINED).sum(),
         "entropy": x.mean(pi.entropy.detach(), Origin.POLICY),
         "mismatch/mean": x.mean(apart.abs(), Origin.POLICY),
         "mismatch/kl": x.mean(kl.k3(x.behavior_logp, logp), Origin.POLICY),  # of KL(μ ‖ π): the tokens are μ's
+        "mismatch/weight": x.mean(weight, Origin.POLICY),
+        "mismatch/weight_squared": x.mean(weight.square(), Origin.POLICY),
     }
     return metrics, {"mismatch/max": apart[sampled].abs().max()} if bool(sampled.any()) else {}
 

@@ -7,10 +7,12 @@ the synchronous algorithm.
 
 What a step takes does not depend on who was faster: the P oldest tickets that are not turned away, and with them the
 turned-away ones that are older than the youngest of these. If more than `most` are turned away before there are P, the
-step takes what is there.
+step takes what is there. Such steps free fewer slots than was counted on, and a group may wait for more steps than it
+may be old: its prompt is asked again.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rlkd.core.ports import Curriculum
@@ -58,14 +60,26 @@ class Buffer:
             self._active -= done.why is not None
             self._changed.notify_all()
 
-    async def take(self, n: int, most: int) -> dict[int, Done]:
+    async def take(self, n: int, most: int, too_old: Callable[[Group], bool] = lambda _: False) -> dict[int, Done]:
         """Wait for the n oldest tickets that are not turned away, or for more than `most` that are; they and all before
-        the last of them, oldest first. The slots of those to be trained stay taken."""
+        the last of them, oldest first. The slots of those to be trained stay taken. Prompts whose groups are too old
+        are asked once more."""
+        renewed: set[int] = set()
         async with self._changed:
-            await self._changed.wait_for(lambda: self._front(n, most) is not None)
-            front = self._front(n, most)
-            assert front is not None
-            return {ticket: self._done.pop(ticket) for ticket in front}
+            while True:
+                await self._changed.wait_for(lambda: self._front(n, most) is not None)
+                front = self._front(n, most)
+                assert front is not None
+                done = {ticket: self._done[ticket].credited for ticket in front if ticket not in renewed}
+                again = [ticket for ticket, group in done.items() if group is not None and too_old(group)]
+                if not again:
+                    return {ticket: self._done.pop(ticket) for ticket in front}
+                for ticket in again:
+                    del self._done[ticket]
+                renewed |= set(again)
+                self._again = sorted({*self._again, *again}, reverse=True)
+                self._active -= len(again)
+                self._changed.notify_all()
 
     def _front(self, n: int, most: int) -> list[int] | None:
         """The tickets that make the next step, if all of them are done."""

@@ -22,6 +22,15 @@ class Guards:
     settles_in_s: Callable[[], float] = lambda: 0.0  # nodes are going away: what is rebuilt before may go with the next
     metrics: Callable[[], Mapping[str, float]] = nothing  # what others have to add to a step's row
 
+    def begin(self, step: int) -> None:
+        """The run goes on after this step."""
+        if self.alarms is not None:
+            self.alarms.begin(step)
+
+    def row(self) -> dict[str, float]:
+        """What the step's row gets beside the learner's numbers."""
+        return {**(self.alarms.row() if self.alarms is not None else {}), **self.metrics()}
+
     async def after_sync(self, step: int) -> dict[str, float]:
         """DivergedError if a sampler does not compute what the learner does."""
         off = await self.canary.check(step) if self.canary is not None else None

@@ -2,25 +2,28 @@
 
 mismatch    sampler and learner disagree on the log-probs of the sampled tokens: a warning, then the end (code 5)
 alarms      answers get much longer, entropy collapses, answers repeat themselves, many are cut, reward comes from
-            one part alone: advice, nothing is changed by itself
-advice      which prompts give no signal, when too many groups were turned away
+            one part alone, nothing is left to learn from: advice, nothing is changed by itself
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
 from rlkd.core.errors import DivergedError
 from rlkd.core.types import Finish, Group, Sample
+from rlkd.train.no_signal import SHARE, PassRates
 
 FIRST = 10  # steps that later ones are compared with
 LAST = 5  # steps of which the mean is compared
 EVERY = 20  # steps between two alarms of one kind
 NGRAM = 4  # tokens
+SPREAD = "health/spread/"
+NO_SIGNAL = "no_signal"  # the alarm that comes with advice
 FACTOR = 20.0  # the largest difference may be so many times the mean's bound
 
 
@@ -62,6 +65,33 @@ class Facts:
     spread: Mapping[str, float]  # standard deviation of each part of the reward
     mismatch: float = math.nan  # mean, nats
     mismatch_max: float = math.nan
+    nothing: float = math.nan  # share of the groups that nothing can be learned from (train/no_signal.py)
+
+    def row(self) -> dict[str, float]:
+        """What of it a step's metrics do not have anyway, for `of_row`."""
+        own = {f"health/{name}": getattr(self, name) for name in ("length", "truncated", "repetition", "reward")}
+        return own | {f"{SPREAD}{name}": value for name, value in self.spread.items()}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Facts":
+        """From a row of metrics.jsonl. What it does not know is NaN."""
+
+        def of(name: str) -> float:
+            value = row.get(name)
+            return math.nan if value is None else float(value)
+
+        return cls(
+            step=int(row["step"]),
+            length=of("health/length"),
+            truncated=of("health/truncated"),
+            repetition=of("health/repetition"),
+            entropy=of("entropy"),
+            reward=of("health/reward"),
+            spread={name.removeprefix(SPREAD): of(name) for name in row if name.startswith(SPREAD)},
+            mismatch=of("mismatch/mean"),
+            mismatch_max=of("mismatch/max"),
+            nothing=of(SHARE),
+        )
 
 
 @dataclass(frozen=True)
@@ -87,6 +117,7 @@ def facts_of(step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -
         spread={name: float(np.std(scores)) for name, scores in parts.items()},
         mismatch=metrics.get("mismatch/mean", math.nan),
         mismatch_max=metrics.get("mismatch/max", math.nan),
+        nothing=metrics.get(SHARE, math.nan),
     )
 
 
@@ -164,6 +195,9 @@ def alarms(history: Sequence[Facts], limits: Limits) -> list[Alarm]:
     if limits.repetition and again > limits.repetition:
         text = f"{again:.0%} of the answers' 4-grams are repetitions"
         found.append(Alarm("repetition", f"step {step}: {text}; look at samples/, and at the repetition reward"))
+    if all(f.nothing == 1.0 for f in last):
+        text = f"nothing could be learned from any group of the last {LAST} steps: all advantages are 0"
+        found.append(Alarm(NO_SIGNAL, f"step {step}: {text}"))
     if len(history) < FIRST + LAST:
         return found
     length, before = of("length", last), of("length", first)
@@ -204,75 +238,34 @@ class Alarms:
 
     bounds: Bounds
     limits: Limits = field(default_factory=Limits)
+    past: Callable[[], Iterable[Mapping[str, Any]]] = tuple  # the rows of metrics.jsonl, ascending
     history: list[Facts] = field(default_factory=list)
+    rates: PassRates = field(default_factory=PassRates)  # of the steps in a row that nothing could be learned from
     _raised: dict[str, int] = field(default_factory=dict)
 
+    def begin(self, step: int) -> None:
+        """The run goes on after this step, in this process or a new one: compare with the same steps as before."""
+        known = {f.step: f for f in (*map(Facts.of_row, self.past()), *self.history)}
+        self.history = [known[s] for s in sorted(known) if s <= step]
+        self.rates.clear()
+
+    def row(self) -> dict[str, float]:
+        """Of the last step, for its row: what `begin` needs later."""
+        return self.history[-1].row() if self.history else {}
+
     def step(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> list[Alarm]:
-        """What is to be told after this step. DivergedError as `mismatch_alarm`. A step that is done again (the learner
-        was lost) replaces what came after it."""
+        """What is to be told after this step. DivergedError as `mismatch_alarm`. A step that is done again replaces
+        what came after it."""
         self.history = [f for f in self.history if f.step < step]
         now = facts_of(step, groups, metrics)
         self.history.append(now)
+        if now.nothing < 1.0:
+            self.rates.clear()
+        for group in groups if now.nothing == 1.0 else ():
+            self.rates.add(group)
         mismatch = mismatch_alarm(now, self.bounds)
         found = [*([mismatch] if mismatch else []), *alarms(self.history, self.limits)]
+        found = [replace(a, text=f"{a.text}\n{self.rates.advice()}") if a.kind == NO_SIGNAL else a for a in found]
         due = [a for a in found if not 0 <= step - self._raised.get(a.kind, -EVERY) < EVERY]
         self._raised |= {a.kind: step for a in due}
         return due
-
-
-# --- no signal
-
-
-@dataclass
-class PassRates:
-    """Of the groups since the last step, by where their prompts come from: what to say when none gives a signal."""
-
-    success: float = 0.5  # a reward above this is right
-    _seen: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # by source: right and judged of each group
-
-    def add(self, group: Group) -> None:
-        """A group, trained or not."""
-        judged = [s for s in group.own if not math.isnan(s.reward)]
-        right = sum(s.reward > self.success for s in judged)
-        for name in _kinds(group):
-            self._seen.setdefault(name, []).append((right, len(judged)))
-
-    def clear(self) -> None:
-        self._seen.clear()
-
-    def advice(self, samples: int) -> str:
-        """A table, hardest first, and what to try; `samples` is how many answers a prompt gets."""
-        rows = sorted(((_rate(groups), name, groups) for name, groups in self._seen.items()), key=lambda r: r[:2])
-        lines = [f"{'prompts of':<24} {'groups':>6} {'pass':>6} {'all right':>9} {'all wrong':>9}"]
-        for rate, name, groups in rows[:12]:
-            right = sum(r == n for r, n in groups if n) / len(groups)
-            wrong = sum(r == 0 for r, n in groups if n) / len(groups)
-            passed = "–" if math.isnan(rate) else f"{rate:.0%}"
-            lines.append(f"{name[:24]:<24} {len(groups):>6} {passed:>6} {right:>9.0%} {wrong:>9.0%}")
-        if len(rows) > 12:
-            lines.append(f"… and {len(rows) - 12} more")
-        return "\n".join([*lines, _try(_rate([g for _, _, groups in rows for g in groups]), samples)])
-
-
-def _kinds(group: Group) -> list[str]:
-    """What a prompt counts under: its source, or the level its row names."""
-    source = group.prompt.source or "all"
-    level = next((group.prompt.metadata[k] for k in ("difficulty", "level") if k in group.prompt.metadata), None)
-    return [source if level is None else f"{source}, {level}"]
-
-
-def _rate(groups: Sequence[tuple[int, int]]) -> float:
-    judged = sum(n for _, n in groups)
-    return sum(r for r, _ in groups) / judged if judged else math.nan
-
-
-def _try(rate: float, samples: int) -> str:
-    if math.isnan(rate):
-        return "no answer could be judged: see the reward (`rlkd check` tries it on three rows)"
-    more = f"algorithm.rollout.samples={2 * samples}"
-    band = "curriculum.name=difficulty leaves out what is too easy or too hard by now"
-    if rate < 0.1:
-        return f"too hard: take easier prompts, a stage of sft first, or {more}; {band}"
-    if rate > 0.9:
-        return f"too easy: take harder prompts, or {more}; {band}"
-    return f"each prompt is always right or always wrong: {more}, a higher sampler.temperature; {band}"

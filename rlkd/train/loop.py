@@ -38,12 +38,12 @@ from rlkd.train.buffer import Buffer, Done
 from rlkd.train.checkpoint import Checkpoints, State
 from rlkd.train.evaluate import Evaluator
 from rlkd.train.guards import Guards
-from rlkd.train.health import Alarm, PassRates
+from rlkd.train.health import Alarm
 from rlkd.train.ledger import SKIPPED, TRAINED, Ledger, Row
+from rlkd.train.no_signal import IN_A_ROW, Barren, PassRates, TurnedAway
 from rlkd.train.rollout import scored, verified
 from rlkd.train.saving import Saving
 from rlkd.train.stages import Stages
-from rlkd.train.turned_away import TurnedAway
 
 Result = TypeVar("Result")
 
@@ -55,8 +55,11 @@ class Schedule:
     steps: int = 100  # optimizer steps
     groups_per_step: int = 16  # P: prompts whose groups make one step
     staleness: int = 0  # how many steps old a group may be when used; 0 is synchronous
-    max_turned_away: int = 10  # × P groups turned away in a row (no signal) before one of these happens:
-    on_no_signal: Literal["stop", "skip_step"] = "stop"  # the run ends; or the step is made of what was found till then
+    max_turned_away: int = 10  # × P groups in a row turned away, or trained without any signal, before one of these:
+    on_no_signal: Literal["stop", "skip_step"] | None = (
+        None  # the run ends; or goes on with the groups it has; None: it
+    )
+    # ends where groups are turned away, for it has none, and goes on where they are trained
     max_retries: int = 3  # of one prompt, after a worker was lost
     stall_s: float = 120.0  # say what is awaited when it takes longer than this
 
@@ -127,7 +130,10 @@ class Loop:
         self.resume = None  # a learner that is lost later goes back to the newest
         self.step, self.last = state.step, state.last
         self.buffer = Buffer(self._slots, self.curriculum, state.ledger)
-        self.turned_away = TurnedAway(self._most_away, PassRates(self.success), self.schedule.on_no_signal == "stop")
+        most, said = self._most_away, self.schedule.on_no_signal
+        self.turned_away = TurnedAway(most, PassRates(self.success), said != "skip_step")
+        self.barren = Barren(most, PassRates(self.success), said == "stop", int(state.last.get(IN_A_ROW, 0)))
+        self.guards.begin(self.step)
         self.knobs = self.algorithm.knobs(self.step, self.last)
         self.whole = True
         with self.stages.stage("sync"):
@@ -179,7 +185,7 @@ class Loop:
             why = None if credited.samples else self._reason(judged)
             self.turned_away.rates.add(judged)
             if why is not None:
-                self.turned_away.add(why, len(judged.own))
+                self.turned_away.add(why)
             await self.buffer.put(ticket, Done(judged, credited if why is None else None, why))
 
     async def _group(self, ticket: int, prompt: Prompt) -> Group:
@@ -226,7 +232,8 @@ class Loop:
 
     async def learn(self) -> None:
         while self.step < self.schedule.steps:
-            taken = await self.buffer.take(self.schedule.groups_per_step, self._most_away)
+            again = self._too_old if self.schedule.on_no_signal == "skip_step" else lambda _: False
+            taken = await self.buffer.take(self.schedule.groups_per_step, self._most_away, again)
             wanted = [d.credited for d in taken.values() if d.credited is not None]
             if len(wanted) < self.schedule.groups_per_step:
                 self.report.event("no_signal", self.turned_away.of_step(len(wanted)), step=self.step + 1)
@@ -241,10 +248,12 @@ class Loop:
                 if self.step + self.schedule.staleness < self.schedule.steps:
                     await self.buffer.release(len(wanted))
             finally:  # the step is made, and will be saved, also if the run ends here
-                more |= self.guards.metrics()
+                more |= self.guards.row()
                 self.report.step(self.step, groups, {**self.last, **more}, self.stages.taken())
             for alarm in alarms:
                 self.report.event(alarm.kind, alarm.text, step=self.step)
+            if text := self.barren.told():
+                self.report.event("no_signal", text, step=self.step)
             self.checkpoints.store.news()
             if self.checkpoints.due(self.step, self.schedule.steps):
                 async with self.saving.idle:
@@ -259,6 +268,7 @@ class Loop:
                 "RLKD-C170", f"credit_step gave back {len(groups)} groups for {len(tickets)}",
                 where="algorithm", fix="leave groups out in `credit`, one by one",
             )  # fmt: skip
+        self._refuse_stale(groups)
         batch = pack(groups, self.learner.ranks, self.max_tokens, self.algorithm.whole_groups) if groups else []
         async with self.saving.idle:
             began, self.whole = time.monotonic(), False
@@ -277,17 +287,34 @@ class Loop:
                 self.curriculum.observe(done.judged)
             away = Counter(f"turned_away/{done.why}" for done in taken.values() if done.why is not None)
             self.turned_away.clear()
-            self.last = {**self.knobs, **metrics, **{name: float(n) for name, n in away.items()}}
+            barren = self.barren.step(groups)
+            self.last = {**self.knobs, **metrics, **{name: float(n) for name, n in away.items()}, **barren}
             self.knobs = self.algorithm.knobs(self.step, self.last)  # before a producer begins the next step's groups
             self.report.resolved(self.step, rows)
             alarms = self.guards.after_step(self.step, groups, self.last)
             self.whole, self.held_s = True, max(self.held_s, time.monotonic() - began)
         return alarms
 
+    def _too_old(self, group: Group) -> bool:
+        return max(_ages([group], self.step), default=0) > self.schedule.staleness
+
+    def _refuse_stale(self, groups: Sequence[Group]) -> None:
+        """Before a step. The slots see to it that no group gets too old: DivergedError for one that did all the same (a
+        worker with old weights, a bug), because what it would do to the weights cannot be taken back."""
+        for group in groups:
+            if self._too_old(group):
+                age = max(_ages([group], self.step))
+                raise DivergedError(
+                    "RLKD-T146",
+                    f"step {self.step + 1}: an answer to prompt {group.prompt.id} was written with weights that are "
+                    f"{age} steps old; schedule.staleness={self.schedule.staleness}",
+                    where="schedule.staleness",
+                    fix="report this; the same command begins at the checkpoint before",
+                )
+
     def _staleness(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Of what the policy wrote; NaN for a step of demonstrations."""
-        written = [s for g in groups for s in g.samples if (s.origin == Origin.POLICY).any()]
-        ages: list[float] = [self.step - 1 - s.versions[0] for s in written] or [math.nan]
+        """After a step, of what the policy wrote; NaN for a step of demonstrations."""
+        ages: list[float] = [*_ages(groups, self.step - 1)] or [math.nan]
         return {"staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages))}
 
     async def _rebuild(self, lost: LearnerLost) -> None:
@@ -324,3 +351,10 @@ class Loop:
 
     def _late(self, text: str) -> None:
         self.report.event("waiting", text)
+
+
+def _ages(groups: Sequence[Group], step: int) -> list[int]:
+    """How many steps old each sample is that the policy had a part in, by its oldest token, when `step` steps are done.
+    What somebody else wrote has no age."""
+    written = [s for g in groups for s in g.samples if (s.origin == Origin.POLICY).any()]
+    return [step - s.versions[0] for s in written]

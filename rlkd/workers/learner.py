@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from rlkd.core.batch import MicroBatch, Shares
+from rlkd.core.batch import MicroBatch, Shares, effective_sample_size
 from rlkd.core.errors import LearnerLost, RlkdError, SaveFailed, WorkerLost
 from rlkd.core.ports import Algorithm, Knobs, WeightRef
 from rlkd.workers import stacks
@@ -157,7 +157,8 @@ class LearnerGroup:
     async def update(self, batch: list[list[MicroBatch]], knobs: Knobs) -> Mapping[str, float]:
         columns = [([turn[rank] for turn in batch], knobs) for rank in range(self._ranks)]
         shares: list[Shares] = await self._all("update", self._timeout_s, *columns)
-        return Shares.merged(shares)
+        merged = Shares.merged(shares)
+        return {**merged, **effective_sample_size(merged)}
 
     async def publish(self, version: int) -> None:
         refs = await self._all("publish", self._timeout_s, *[(version,)] * self._ranks, fatal=self._gathers)
