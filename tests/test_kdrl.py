@@ -281,21 +281,27 @@ def test_with_beta_it_is_not_grpo() -> None:
     norm=st.sampled_from(["token", "sequence", "sequence-sum", "constant"]),
     distill=st.sampled_from(["all", "wrong", "failed_group"]),
     denominator=st.sampled_from(["all", "kept"]),
+    correction=st.sampled_from(["none", "tis"]),
+    on_policy=st.booleans(),
 )
-def test_the_advantage_form_is_the_loss_form_on_policy(seed: int, estimator: Any, **options: Any) -> None:
+def test_the_advantage_form_is_the_loss_form(seed: int, estimator: Any, on_policy: bool, **options: Any) -> None:
+    """Also for samples of an older policy, where importance weighs both."""
     groups, logps = random_taught(seed)
+    if not on_policy:
+        rng = np.random.default_rng(seed)
+        logps = [[v + float(rng.normal(0, 0.3)) for v in p] for p in logps]
     options |= {"norm_length": 8, "kl": estimator}
     a = step(constant(0.1, form="advantage", **options), groups, logps)[1]
     b = step(constant(0.1, form="loss", **options), groups, logps)[1]
     assert differs(a, b) < 1e-6
 
 
-def test_the_advantage_form_weighs_both_terms_by_the_ratio() -> None:
-    """For samples of an older policy: ρ multiplies the teacher's pull too."""
+def test_both_forms_weigh_the_teachers_pull_by_the_ratio() -> None:
+    """For samples of an older policy: ρ multiplies it as it multiplies Â."""
     rho = 1.5
     group = taught(answers([[7]], [0], [[-1.0 - np.log(rho)]]), [[-2.0]])
     assert step(constant(1.0), [group], [[-1.0]])[1][0] == pytest.approx([rho * 1.0], abs=1e-5)
-    assert step(constant(1.0, form="loss"), [group], [[-1.0]])[1][0] == pytest.approx([1.0], abs=1e-5)
+    assert step(constant(1.0, form="loss"), [group], [[-1.0]])[1][0] == pytest.approx([rho * 1.0], abs=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["token", "sequence", "sequence-sum", "constant"])

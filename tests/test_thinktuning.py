@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkd.algorithms.grpo import GRPO, with_advantages
+from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.thinktuning import ThinkTuning
 from rlkd.core.aas import AAS
+from rlkd.core.advantage import with_advantages
 from rlkd.core.errors import ConfigError, WorkerLost
 from rlkd.core.ports import Algorithm, Completion, Guidance, Sampling, Services, Written, as_sample
 from rlkd.core.types import Finish, Group, Origin, Prompt, Sample, Signal

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
-from rlkd.algorithms.grpo import with_advantages
+from rlkd.core.advantage import with_advantages
 from rlkd.core.batch import MicroBatch, Norm
 from rlkd.core.divergence import Divergence, of_topk, silence, topk_of
 from rlkd.core.ports import Knobs, Loss, PolicyOutput

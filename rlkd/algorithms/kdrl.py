@@ -24,8 +24,9 @@ import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
-from rlkd.algorithms.grpo import GRPO, with_advantages
+from rlkd.algorithms.grpo import GRPO
 from rlkd.core import advantage, kl
+from rlkd.core.advantage import with_advantages
 from rlkd.core.batch import MicroBatch, Norm
 from rlkd.core.divergence import of_topk, silence, topk_of
 from rlkd.core.ports import Knobs, Loss, PolicyOutput
@@ -62,6 +63,8 @@ class KDRL(Teachers, GRPO):
             found.append(f"beta_min={self.beta_min} is above beta_0={self.beta_0}: β would rise at once")
         if self.dual_clip is not None and not self.clip:
             found.append("dual_clip acts with clip=true only")
+        if self.mask_truncated:
+            found.append("mask_truncated would leave out what the teacher says of cut answers; they keep their KD term")
         return found + self._estimator_problems() + self._reward_problems()
 
     def _estimator_problems(self) -> list[str]:
@@ -178,7 +181,7 @@ class KDRL(Teachers, GRPO):
         if self.form == "advantage" and self.kl != "topk":
             pull = kl.pull(self.kl, delta)
         if self.form == "loss" and self.kl in ("k2", "k3", "k3+"):
-            distance = kl.of_gap(self.kl, delta) * self.mismatch_weight(pi, x)
+            distance = kl.of_gap(self.kl, delta) * self.importance(pi, x)
         clamped = (delta.detach().abs() >= kl.BOUND).to(delta.dtype)
         return Term(distance, pull, kl.of_gap("k3", delta.detach()), clamped)
 

@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlkd.algorithms.grpo import GRPO, with_advantages
+from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.kdrl import no_reference
 from rlkd.core import kl
+from rlkd.core.advantage import with_advantages
 from rlkd.core.batch import MicroBatch, Norm
 from rlkd.core.divergence import silence
 from rlkd.core.ports import Knobs, Loss, PolicyOutput
@@ -48,6 +49,10 @@ class OPD(Teachers, GRPO):
             found.append("standardize is of rewards, and opd has none in its loss")
         if self.dual_clip is not None and not self.clip:
             found.append("dual_clip acts with clip=true only")
+        if self.mask_truncated:
+            found.append(
+                "mask_truncated would leave out what the teacher says of cut answers, and opd has nothing else"
+            )
         return [*found, *self.teacher_problems(), *no_reference(self.name, self.beta)]
 
     def wants(self, group: Group, model: str) -> Bool[np.ndarray, "g"]:
