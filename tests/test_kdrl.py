@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from rlkd.algorithms.gkd import GKD
 from rlkd.algorithms.grpo import GRPO
-from rlkd.algorithms.kdrl import KDRL, Term
+from rlkd.algorithms.kdrl import KDRL
 from rlkd.algorithms.opd import OPD
 from rlkd.config.load import load
 from rlkd.core import kl, teachers
 from rlkd.core.batch import MicroBatch
+from rlkd.core.distill import Term
 from rlkd.core.errors import ConfigError, DataError
 from rlkd.core.ports import Algorithm, PolicyOutput, Services
 from rlkd.core.types import Group, Prompt, Signal
@@ -195,7 +196,7 @@ DISTILLING: list[Any] = [
 class K1AsLoss(KDRL):
     """The mistake: log π_θ − log π_T as a loss."""
 
-    def _of_sampled(self, pi: PolicyOutput, x: MicroBatch, here: torch.Tensor) -> Term:
+    def term(self, pi: PolicyOutput, x: MicroBatch, here: torch.Tensor) -> Term:
         delta = kl.gap(pi.logp, x.required("teacher_logp")[0], here)
         nothing = torch.zeros_like(delta.detach())
         return Term(delta, nothing, nothing, nothing)

@@ -70,19 +70,8 @@ class LUFFY(GRPO):
             found.append(f"official_compat is a scale of norm=constant, and norm={self.norm}")
         if self.drop_truncated_advantage and self.mask_truncated:
             found.append("drop_truncated_advantage and mask_truncated say what becomes of a cut answer: take one")
-        return found + self._rollout_problems()
-
-    def _rollout_problems(self) -> list[str]:
-        r = self.rollout
-        if not isinstance(r, Demonstrated):
-            return []
-        found = []
-        if not 0 <= r.demonstrations < r.samples:
-            found.append(
-                f"rollout.demonstrations={r.demonstrations} must be at least 0 and below rollout.samples={r.samples}"
-            )
-        if not 0 <= r.prefix_min <= r.prefix_max <= 1:
-            found.append(f"rollout.prefix_min={r.prefix_min} and prefix_max={r.prefix_max}: 0 ≤ min ≤ max ≤ 1")
+        if isinstance(self.rollout, Demonstrated):  # AMPO's is not
+            found += [f"rollout.{problem}" for problem in self.rollout.problems()]
         return found
 
     def credit(self, group: Group) -> Group:
