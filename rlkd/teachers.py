@@ -13,7 +13,7 @@ from rlkd.core.errors import ConfigError, Problem
 from rlkd.core.types import Prompt, Signal
 from rlkd.data import HFTokenizer
 from rlkd.data.demonstrations import Demonstrations, cleaned
-from rlkd.data.vocabulary import ids_of, mismatch
+from rlkd.data.vocabulary import ids_of, mismatch, retold
 from rlkd.model_folder import model_config, own_context, vocabulary
 
 SAMPLED = ("max_tokens", "temperature", "top_p", "chat", "system")  # of a WriterConfig: said with each call
@@ -69,7 +69,8 @@ def known(config: Config, policy: HFTokenizer) -> dict[str, Frozen]:
         key = key_of(name)
         found[name] = _frozen(config, settings, policy, f"{key}.path")
         if name in asked and settings.path is not None:
-            problem = mismatch(ids_of(policy), ids_of(found[name].tokenizer), key, config.algorithm.name)
+            other, method = found[name].tokenizer, config.algorithm.name
+            problem = mismatch(ids_of(policy), ids_of(other), key, method) or retold(policy, other, key, method)
             problems += [] if problem is None else [problem]
         problems += _context(settings, found[name].context, key)
     if problems:

@@ -19,8 +19,9 @@ from rlkd.algorithms.gspo import GSPO
 from rlkd.algorithms.reinforce_pp import ReinforcePP
 from rlkd.algorithms.rloo import RLOO
 from rlkd.core.batch import pack
+from rlkd.core.mismatch import Reject
 from rlkd.core.ports import Algorithm
-from rlkd.core.types import Group, Origin
+from rlkd.core.types import Finish, Group, Origin
 from tests.toys import group_of, output_of, prompt_of, step_loss
 
 ALGORITHMS: list[Any] = [
@@ -29,6 +30,11 @@ ALGORITHMS: list[Any] = [
     GRPO(beta=0.1, kl="k1", dual_clip=3.0),
     GRPO(correction="tis"),
     GRPO(correction="mis", correction_level="sequence"),
+    GRPO(norm="token", beta=0.1, kl="k3+", mask_truncated=True),
+    GRPO(correction="tis", reject=Reject(by="k3", over="mean", above=0.02)),
+    GRPO(norm="token", reject=Reject(by="k1", over="token", above=0.2)),
+    GSPO(reject=Reject(by="k2", over="max", above=0.05), mask_truncated=True),
+    RLOO(reject=Reject(by="k1", over="sum", above=0.5)),
     DrGRPO(norm_length=16),
     DAPO(dynamic_sampling=False, overlong_max=8, overlong_buffer=4),
     RLOO(beta=0.05),
@@ -51,7 +57,8 @@ def random_step(seed: int, groups: int = 3, size: int = 4) -> tuple[list[Group],
         group = group_of(rng.integers(0, 2, size).astype(float).tolist(), lengths, behavior, prompt_of(3, f"p{g}"))
         samples = [
             replace(s, reference_logp=np.where(s.origin == Origin.POLICY, -rng.exponential(1.0, len(s.tokens)), np.nan)
-                    .astype(np.float32), tokens=np.concatenate([s.tokens[:3], s.tokens[3:] + 100 * (g * size + i)])
+                    .astype(np.float32), finish=Finish.LENGTH if i == g else s.finish,
+                    tokens=np.concatenate([s.tokens[:3], s.tokens[3:] + 100 * (g * size + i)])
                     .astype(np.int32))
             for i, s in enumerate(group.samples)
         ]  # fmt: skip
@@ -189,3 +196,5 @@ def test_contradictions_are_named() -> None:
     assert "dual_clip" in GRPO(dual_clip=0.5).problems()[0]
     assert GRPO(beta=-0.1).problems() == ["beta=-0.1 must not be negative"]
     assert "overlong_buffer" in DAPO(overlong_max=8).problems()[0]
+    assert "dual_clip" in CISPO(dual_clip=3.0).problems()[0]
+    assert "dual_clip" in RLOO(dual_clip=3.0).problems()[0]

@@ -21,6 +21,7 @@ from rlkd.algorithms.opd import OPD
 from rlkd.algorithms.rsft import RSFT
 from rlkd.algorithms.sft import SFT
 from rlkd.algorithms.thinktuning import ThinkTuning
+from rlkd.core.mismatch import Reject
 from rlkd.core.ports import Algorithm
 from rlkd.core.types import Group, Origin, Signal, TopK
 from tests.distill_help import credited, differs, step, step_of
@@ -34,6 +35,7 @@ ALGORITHMS: list[Any] = [
     KDRL(form="loss", kl="topk", top_k=3, distill="failed_group"),
     KDRL(form="reward", beta_decay=0.0, beta_0=0.05),
     KDRL(combine="mean", correction="tis"),
+    KDRL(form="loss", correction="tis", reject=Reject(by="k1", over="token", above=2.0)),
     OPD(),
     OPD(reward_to_go=True),
     GKD(top_k=3),
@@ -42,6 +44,7 @@ ALGORITHMS: list[Any] = [
     LUFFY(norm_length=8, advantage="split", shape="sqrt"),
     LUFFY(norm_length=8, sft_weight=0.5),
     AMPO(norm_length=8),
+    AMPO(norm_length=8, mask_truncated=True, reject=Reject(by="k1", over="token", above=1.0)),
     ThinkTuning(),
     SFT(),
     SFT(norm="sequence"),

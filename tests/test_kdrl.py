@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from rlkd.algorithms.gkd import GKD
 from rlkd.algorithms.grpo import GRPO
-from rlkd.algorithms.kdrl import KDRL, Term
+from rlkd.algorithms.kdrl import KDRL
 from rlkd.algorithms.opd import OPD
 from rlkd.config.load import load
 from rlkd.core import kl, teachers
 from rlkd.core.batch import MicroBatch
+from rlkd.core.distill import Term
 from rlkd.core.errors import ConfigError, DataError
 from rlkd.core.ports import Algorithm, PolicyOutput, Services
 from rlkd.core.types import Group, Prompt, Signal
@@ -195,7 +196,7 @@ DISTILLING: list[Any] = [
 class K1AsLoss(KDRL):
     """The mistake: log π_θ − log π_T as a loss."""
 
-    def _of_sampled(self, pi: PolicyOutput, x: MicroBatch, here: torch.Tensor) -> Term:
+    def term(self, pi: PolicyOutput, x: MicroBatch, here: torch.Tensor) -> Term:
         delta = kl.gap(pi.logp, x.required("teacher_logp")[0], here)
         nothing = torch.zeros_like(delta.detach())
         return Term(delta, nothing, nothing, nothing)
@@ -281,9 +282,15 @@ def test_with_beta_it_is_not_grpo() -> None:
     norm=st.sampled_from(["token", "sequence", "sequence-sum", "constant"]),
     distill=st.sampled_from(["all", "wrong", "failed_group"]),
     denominator=st.sampled_from(["all", "kept"]),
+    correction=st.sampled_from(["none", "tis"]),
+    on_policy=st.booleans(),
 )
-def test_the_advantage_form_is_the_loss_form_on_policy(seed: int, estimator: Any, **options: Any) -> None:
+def test_the_advantage_form_is_the_loss_form(seed: int, estimator: Any, on_policy: bool, **options: Any) -> None:
+    """Also for samples of an older policy, where importance weighs both."""
     groups, logps = random_taught(seed)
+    if not on_policy:
+        rng = np.random.default_rng(seed)
+        logps = [[v + float(rng.normal(0, 0.3)) for v in p] for p in logps]
     options |= {"norm_length": 8, "kl": estimator}
     a = step(constant(0.1, form="advantage", **options), groups, logps)[1]
     b = step(constant(0.1, form="loss", **options), groups, logps)[1]
@@ -291,12 +298,12 @@ def test_the_advantage_form_is_the_loss_form_on_policy(seed: int, estimator: Any
     assert differs(a, b) < 1e-6 * max(1.0, largest)
 
 
-def test_the_advantage_form_weighs_both_terms_by_the_ratio() -> None:
-    """For samples of an older policy: ρ multiplies the teacher's pull too."""
+def test_both_forms_weigh_the_teachers_pull_by_the_ratio() -> None:
+    """For samples of an older policy: ρ multiplies it as it multiplies Â."""
     rho = 1.5
     group = taught(answers([[7]], [0], [[-1.0 - np.log(rho)]]), [[-2.0]])
     assert step(constant(1.0), [group], [[-1.0]])[1][0] == pytest.approx([rho * 1.0], abs=1e-5)
-    assert step(constant(1.0, form="loss"), [group], [[-1.0]])[1][0] == pytest.approx([1.0], abs=1e-5)
+    assert step(constant(1.0, form="loss"), [group], [[-1.0]])[1][0] == pytest.approx([rho * 1.0], abs=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["token", "sequence", "sequence-sum", "constant"])

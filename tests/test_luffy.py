@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from rlkd.algorithms import algorithm
 from rlkd.algorithms.ampo import AMPO
 from rlkd.algorithms.grpo import GRPO
-from rlkd.algorithms.luffy import LUFFY, against_own
+from rlkd.algorithms.luffy import LUFFY
 from rlkd.config.load import load
+from rlkd.core.advantage import against_own
 from rlkd.core.errors import ConfigError
 from rlkd.core.ports import Algorithm, Services
 from rlkd.core.types import TRAINED, Demonstration, Finish, Group, Origin, Prompt, Signal

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlkd.algorithms.grpo import with_advantages
 from rlkd.algorithms.rsft import RSFT
 from rlkd.algorithms.sft import SFT
+from rlkd.core.advantage import with_advantages
 from rlkd.core.ports import Algorithm, Rollout, Services, as_demonstration
 from rlkd.core.types import Demonstration, Finish, Group, Origin, Prompt, Sample, Signal
 from rlkd.rollout.traced import Traced

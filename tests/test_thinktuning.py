@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkd.algorithms.grpo import GRPO, with_advantages
+from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.thinktuning import ThinkTuning
 from rlkd.core.aas import AAS
+from rlkd.core.advantage import with_advantages
 from rlkd.core.errors import ConfigError, WorkerLost
 from rlkd.core.ports import Algorithm, Completion, Guidance, Sampling, Services, Written, as_sample
 from rlkd.core.types import Finish, Group, Origin, Prompt, Sample, Signal
@@ -24,7 +25,7 @@ from rlkd.guidance.feedback_form import Tags, parse
 from rlkd.guidance.feedback_prompts import EXAMPLES, load
 from rlkd.guidance.splice import is_finished
 from rlkd.guidance.teaching import Teaching, how_many
-from tests.toys import group_of, step_loss
+from tests.toys import group_of, prompt_of, step_loss
 
 EOS, OTHER_EOS, BOS, UNKNOWN = 2, 3, 1, 4
 
@@ -276,6 +277,22 @@ def test_t6_loss_of_a_spliced_row_beside_a_plain_one() -> None:
     released, gradient = step_loss(ThinkTuning(official_compat=True), [group], logps)
     assert released == pytest.approx(-0.370302, abs=2e-6)
     assert [5 * g for g in gradient[0]] == pytest.approx([-1.096662, -1.097638, -1.117799], abs=5e-6)
+
+
+@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize("rewards", [(1.0, 1.0), (0.0, 0.0), (1.0, 0.0)])
+def test_in_a_group_without_contrast_a_teachers_row_teaches_nothing(compat: bool, rewards: tuple[float, float]) -> None:
+    """§3.8: std(r) = 0 is Â = 0, whatever γ(0) and w are; also where p ≈ 0. Control: with contrast it teaches."""
+    [teachers], [own] = of_teacher([0.9, 0.0005], 0.0).samples, group_of([0.0], [2], [[-1.0, -2.0]]).samples
+    samples = tuple(replace(s, reward=r) for s, r in zip((teachers, own), rewards, strict=True))
+    algorithm = ThinkTuning(official_compat=compat)
+    group = algorithm.credit(Group(prompt_of(), samples))
+    value, gradient = step_loss(algorithm, [group], [np.log([0.9, 0.0005]).tolist(), [-1.0, -2.0]])
+    flat = [g for row in gradient for g in row]
+    if rewards[0] == rewards[1]:
+        assert (value, flat) == (0.0, [0.0] * 4)
+    else:
+        assert min(abs(g) for g in flat) > 0
 
 
 def test_the_dual_clip_is_on_without_guidance_too() -> None:

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from tokenizers import decoders, pre_tokenizers
 
 from rlkd.algorithms.grpo import GRPO
 from rlkd.config.schema import Config, DataConfig, ModelConfig, ScorerConfig, TeacherConfig, WriterConfig
 from rlkd.core.errors import ConfigError, PreflightError
 from rlkd.core.types import Prompt, Signal
 from rlkd.data import HFTokenizer
-from rlkd.data.vocabulary import differing, ids_of, mismatch
+from rlkd.data.vocabulary import differing, ids_of, mismatch, retold
 from rlkd.models.tiny import character_tokenizer
 from rlkd.teachers import known, reader, unused
 from rlkd.train.loop import Schedule
@@ -66,6 +67,22 @@ def test_the_message_shows_the_first_five_and_what_works_instead() -> None:
         "1: '<bos>' and '<s>'; 2: '<eos>' and '</s>'; 3: '<unk>' and '<turn>'; 4: '0' and '!'; 5: '1' and '\"'"
     )
     assert "ampo" in (problem.fix or "")
+
+
+@pytest.mark.faults("F50")
+def test_the_same_words_put_together_otherwise_are_not_the_same(tmp_path: Path, policy: Path) -> None:
+    """The map from token to id is the same, and what is written of a text is not; negative control: the same twice."""
+    student = HFTokenizer.load(str(policy))
+    before, decodes = byte_tokenizer(), byte_tokenizer()
+    before.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    decodes.backend_tokenizer.decoder = decoders.Fuse()
+    for made, said in ((before, r"from place 0 on: \[\d+, .*are the policy's"), (decodes, "reads the policy's tokens")):
+        assert differing(ids_of(student), ids_of(HFTokenizer(made))) == []
+        big = model(tmp_path / said[:4], made)
+        with pytest.raises(ConfigError, match=said):
+            known(config(policy, Signal.TEACHER, big={"path": str(big)}), student)
+        assert "big" in known(config(policy, Signal.TEACHER_TEXT, big={"path": str(big)}), student)  # text crosses
+    assert retold(student, HFTokenizer(byte_tokenizer()), "teachers.big", "kdrl") is None
 
 
 # --- the folders of a run's teachers

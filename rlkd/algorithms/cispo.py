@@ -7,6 +7,7 @@ implementations differ in what ε means: here both are distances from 1, so a we
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -22,6 +23,7 @@ class CISPO(GRPO):
     norm: Norm = "token"
     clip_low: float = 1.0  # never from below
     clip_high: float = 4.0
+    clips: ClassVar[bool] = False
 
     def surrogate(
         self, rho: Float[Tensor, "t"], a: Float[Tensor, "t"], pi: PolicyOutput, x: MicroBatch

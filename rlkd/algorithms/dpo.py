@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlkd.algorithms.grpo import with_advantages
+from rlkd.core.advantage import with_advantages
 from rlkd.core.batch import MicroBatch
 from rlkd.core.ports import Knobs, Loss, PolicyOutput
 from rlkd.core.types import TRAINED, Finish, Group, Signal

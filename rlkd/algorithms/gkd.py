@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
-from rlkd.algorithms.grpo import with_advantages
+from rlkd.core.advantage import with_advantages
 from rlkd.core.batch import MicroBatch, Norm
+from rlkd.core.distill import required_topk
 from rlkd.core.divergence import Divergence, of_topk, silence, topk_of
 from rlkd.core.ports import Knobs, Loss, PolicyOutput
 from rlkd.core.teachers import Teachers
@@ -67,9 +68,7 @@ class GKD(Teachers):
 
     def credit(self, group: Group) -> Group:
         """Rewards have no part in the loss."""
-        if any(s.teacher_topk is None for s in group.samples):
-            raise ValueError("gkd needs teacher_topk, but a sample came without it: was the group scored?")
-        return with_advantages(group, np.zeros(len(group.samples), np.float32))
+        return with_advantages(required_topk(group, "gkd"), np.zeros(len(group.samples), np.float32))
 
     def credit_step(self, groups: Sequence[Group]) -> Sequence[Group]:
         return groups

@@ -11,30 +11,37 @@ weighs each token (or sample) by w = π_old/μ, truncated (TIS) or masked outsid
 
     ℓ_i,t = w_i,t · max(−ρ Â, −clip(ρ) Â),    w = min(π_old/μ, C)   or   w·1[C_low ≤ w ≤ C]
 
+`reject` leaves out tokens or samples whose mismatch is too large, `mask_truncated` answers that were cut at their
+limit: w = 0. They still count in the denominators (core/mismatch.py has these settings and equations).
+
+The KL is an expectation over π_θ and the tokens are μ's: its term is weighted by sg[ρ]·w. With sg the expected gradient
+is that of the same estimator on-policy; ρ's own gradient would make it another (k3's the reverse KL's, k2's none's).
+
 Deviation: the paper's k3 in the loss has the gradient of the *forward* KL (core/kl.py); `kl` can choose k2 or k3+
 (reverse), or k1, which is then put into the advantage, where it has a gradient.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from rlkd.core import advantage, kl, surrogate
+from rlkd.core.advantage import with_advantages
 from rlkd.core.batch import MicroBatch, Norm
 from rlkd.core.kl import Estimator
+from rlkd.core.mismatch import Weighted
 from rlkd.core.ports import Knobs, Loss, PolicyOutput
-from rlkd.core.types import Group, Origin, Sample, Signal
+from rlkd.core.types import Group, Origin, Signal
 from rlkd.guidance import NoGuidance
 from rlkd.rollout import Sampled
 
 
 @dataclass(frozen=True)
-class GRPO:
+class GRPO(Weighted):
     name: str = "grpo"
     clip_low: float = 0.2  # ε
     clip_high: float = 0.2
@@ -45,15 +52,12 @@ class GRPO:
     beta: float = 0.0  # β; 0 asks for no reference model
     kl: Estimator = "k3"
     entropy: float = 0.0  # coefficient of an entropy bonus
-    correction: Literal["none", "tis", "mis"] = "none"
-    correction_level: Literal["token", "sequence"] = "token"
-    correction_cap: float = 2.0  # C
-    correction_low: float = 0.5  # C_low, of "mis"
     rollout: Sampled = field(default_factory=Sampled)
     guidance: NoGuidance = field(default_factory=NoGuidance)
     whole_groups: ClassVar[bool] = False
     top_k: ClassVar[int] = 0
     trained: ClassVar[Origin] = Origin.POLICY  # whose tokens ℓ is a mean over
+    clips: ClassVar[bool] = True  # whether `surrogate` has PPO's clip, and with it the dual one
     kl_in_reward: ClassVar[bool] = False  # whether `credit` charges β·KL (RLOO, REINFORCE++) instead of the loss
 
     @property
@@ -67,12 +71,14 @@ class GRPO:
             found.append("norm=constant needs norm_length, e.g. sampler.max_tokens")
         if self.dual_clip is not None and self.dual_clip <= 1:
             found.append(f"dual_clip={self.dual_clip} must be > 1")
-        for field_name in ("beta", "clip_low", "clip_high", "correction_low", "correction_cap"):
+        if self.dual_clip is not None and not self.clips:
+            found.append(f"dual_clip={self.dual_clip} has no part in {self.name}'s loss")
+        for field_name in ("beta", "clip_low", "clip_high"):
             if getattr(self, field_name) < 0:
                 found.append(f"{field_name}={getattr(self, field_name)} must not be negative")
         if self.rollout.samples < 2:
             found.append(f"rollout.samples={self.rollout.samples}: an advantage against the group needs at least 2")
-        return found
+        return found + self.weight_problems()
 
     def knobs(self, step: int, last: Knobs) -> Knobs:
         return {}
@@ -82,35 +88,41 @@ class GRPO:
 
     def credit(self, group: Group) -> Group:
         """Â: the group's rewards against their mean, the same at every token of a sample."""
-        scale = advantage.standardized if self.standardize else advantage.centered
-        return with_advantages(group, scale(group.rewards))
+        return with_advantages(group, self.compared(group.rewards))
+
+    def compared(self, rewards: Float32[np.ndarray, "g"]) -> Float32[np.ndarray, "g"]:
+        return (advantage.standardized if self.standardize else advantage.centered)(rewards)
 
     def credit_step(self, groups: Sequence[Group]) -> Sequence[Group]:
         return groups
 
     def loss(self, pi: PolicyOutput, x: MicroBatch, knobs: Knobs) -> Loss:
-        weight = self.mismatch_weight(pi, x)
-        old = x.behavior_logp if self.correction == "none" else pi.logp.detach()
-        rho = surrogate.ratio(pi.logp, old)
-        per_token = self.surrogate(rho, self.penalised(pi, x), pi, x) * weight
-        loss = self.averaged(per_token, x)
+        weight, rho = self.weight(pi.logp, x), self.ratio(pi, x)
+        loss = self.averaged(self.surrogate(rho, self.penalised(pi, x), pi, x) * weight, x)
         outside = (rho < 1 - self.clip_low) | (rho > 1 + self.clip_high)
         metrics = {
             "ratio": x.mean(rho.detach(), Origin.POLICY),
             "outside_clip": x.mean(outside.to(rho.dtype), Origin.POLICY),
             "entropy": x.mean(pi.entropy.detach(), Origin.POLICY),
+            **self.weight_metrics(pi.logp, x),
         }
-        if self.correction != "none":
-            metrics["correction_weight"] = x.mean(weight, Origin.POLICY)
         if self.entropy:
             loss = loss - self.entropy * x.mean(pi.entropy, self.trained)
         if self.beta:
             reference = x.required("reference_logp")
             metrics["kl_reference"] = x.mean(kl.k3(pi.logp.detach(), reference), Origin.POLICY)
             if self.kl != "k1" and not self.kl_in_reward:
-                penalty = kl.estimate(self.kl, pi.logp, reference)
+                penalty = kl.estimate(self.kl, pi.logp, reference) * self.importance(pi, x)
                 loss = loss + self.beta * x.mean(penalty, Origin.POLICY, self.norm, self.norm_length)
         return Loss(loss, metrics)
+
+    def ratio(self, pi: PolicyOutput, x: MicroBatch) -> Float[Tensor, "t"]:
+        """ρ against π_old: what sampled, or with a correction π_θ itself."""
+        return surrogate.ratio(pi.logp, x.behavior_logp if self.correction == "none" else pi.logp.detach())
+
+    def importance(self, pi: PolicyOutput, x: MicroBatch) -> Float[Tensor, "t"]:
+        """sg[ρ]·w: what makes a mean over the sampled tokens one over π_θ's."""
+        return self.ratio(pi, x).detach() * self.weight(pi.logp, x)
 
     def surrogate(
         self, rho: Float[Tensor, "t"], a: Float[Tensor, "t"], pi: PolicyOutput, x: MicroBatch
@@ -128,33 +140,3 @@ class GRPO:
         if self.beta and self.kl == "k1" and not self.kl_in_reward:
             return x.advantage + self.beta * kl.as_advantage(pi.logp, x.required("reference_logp"))
         return x.advantage
-
-    def mismatch_weight(self, pi: PolicyOutput, x: MicroBatch) -> Float[Tensor, "t"]:
-        """w: 1 without correction, and at tokens the policy did not sample."""
-        sampled = x.mask(Origin.POLICY)
-        if self.correction == "none":
-            return torch.ones_like(x.advantage)
-        log_ratio = torch.where(sampled, pi.logp.detach() - x.behavior_logp, 0.0)
-        if self.correction_level == "sequence":
-            log_ratio = x.spread(x.per_sequence(log_ratio, Origin.POLICY, "sum"))
-        if self.correction == "tis":
-            weight = surrogate.truncated_weight(log_ratio, self.correction_cap)
-        else:
-            weight = surrogate.masked_weight(log_ratio, self.correction_low, self.correction_cap)
-        return torch.where(sampled, weight, 1.0)
-
-
-def sampled_kl(sample: Sample) -> Float32[np.ndarray, "n"]:
-    """k1 = log μ − log π_ref at the tokens the policy sampled, 0 elsewhere: for a KL charged in the reward."""
-    if sample.reference_logp is None:
-        raise ValueError("beta > 0, but a sample came without reference_logp: was the group scored?")
-    k1 = sample.behavior_logp - sample.reference_logp
-    return np.where(sample.origin == Origin.POLICY, k1, 0.0).astype(np.float32)
-
-
-def with_advantages(group: Group, values: np.ndarray) -> Group:
-    """The group with values[i] at every token of sample i."""
-    samples = tuple(
-        replace(s, advantage=np.full(len(s.tokens), a, np.float32)) for s, a in zip(group.samples, values, strict=True)
-    )
-    return replace(group, samples=samples)

@@ -23,11 +23,12 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Float
 from torch import Tensor
 
-from rlkd.algorithms.grpo import GRPO, with_advantages
+from rlkd.algorithms.grpo import GRPO
 from rlkd.core import shaping, surrogate
+from rlkd.core.advantage import against_own, with_advantages
 from rlkd.core.batch import MicroBatch, Norm
 from rlkd.core.ports import Knobs, Loss, PolicyOutput
 from rlkd.core.shaping import Shape
@@ -67,19 +68,10 @@ class LUFFY(GRPO):
             found.append(f"sft_weight={self.sft_weight} must not be negative")
         if self.official_compat and self.norm != "constant":
             found.append(f"official_compat is a scale of norm=constant, and norm={self.norm}")
-        return found + self._rollout_problems()
-
-    def _rollout_problems(self) -> list[str]:
-        r = self.rollout
-        if not isinstance(r, Demonstrated):
-            return []
-        found = []
-        if not 0 <= r.demonstrations < r.samples:
-            found.append(
-                f"rollout.demonstrations={r.demonstrations} must be at least 0 and below rollout.samples={r.samples}"
-            )
-        if not 0 <= r.prefix_min <= r.prefix_max <= 1:
-            found.append(f"rollout.prefix_min={r.prefix_min} and prefix_max={r.prefix_max}: 0 ≤ min ≤ max ≤ 1")
+        if self.drop_truncated_advantage and self.mask_truncated:
+            found.append("drop_truncated_advantage and mask_truncated say what becomes of a cut answer: take one")
+        if isinstance(self.rollout, Demonstrated):  # AMPO's is not
+            found += [f"rollout.{problem}" for problem in self.rollout.problems()]
         return found
 
     def credit(self, group: Group) -> Group:
@@ -129,21 +121,3 @@ class LUFFY(GRPO):
             # Released: Σ/T of the micro-batch, divided by how many micro-batches there are, as N/samples says.
             mean = mean * x.samples
         return mean + self.sft_weight * x.mean(per_token, Origin.TEACHER) if self.sft_weight else mean
-
-
-def against_own(
-    rewards: Float32[np.ndarray, "g"], own: Bool[np.ndarray, "g"], standardize: bool, epsilon: float = 1e-6
-) -> Float32[np.ndarray, "g"]:
-    """(r_i − μ) / (σ + ε) with mean and deviation of the rows `own` alone: what a teacher wrote does not move them.
-
-    σ = 0 is taken as 1, and one row of its own has μ = 0, σ = 1, as the released code (`grpo_split`) has it; without
-    any, those of all rows.
-    """
-    baseline = rewards[own].astype(np.float64) if own.any() else rewards.astype(np.float64)
-    mean, deviation = (baseline.mean(), baseline.std(ddof=1)) if len(baseline) > 1 else (0.0, 1.0)
-    centred = rewards.astype(np.float64) - mean
-    if not standardize:
-        return centred.astype(np.float32)
-    if (baseline == baseline[0]).all():
-        deviation = 1.0
-    return (centred / (deviation + epsilon)).astype(np.float32)

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlkd.algorithms.grpo import GRPO, with_advantages
-from rlkd.algorithms.kdrl import no_reference
+from rlkd.algorithms.grpo import GRPO
 from rlkd.core import kl
+from rlkd.core.advantage import with_advantages
 from rlkd.core.batch import MicroBatch, Norm
-from rlkd.core.divergence import silence
+from rlkd.core.distill import Term, no_reference
 from rlkd.core.ports import Knobs, Loss, PolicyOutput
 from rlkd.core.teachers import SCORED, Teachers, known_row, with_stream
 from rlkd.core.types import Group, Origin, Signal
@@ -48,6 +48,10 @@ class OPD(Teachers, GRPO):
             found.append("standardize is of rewards, and opd has none in its loss")
         if self.dual_clip is not None and not self.clip:
             found.append("dual_clip acts with clip=true only")
+        if self.mask_truncated:
+            found.append(
+                "mask_truncated would leave out what the teacher says of cut answers, and opd has nothing else"
+            )
         return [*found, *self.teacher_problems(), *no_reference(self.name, self.beta)]
 
     def wants(self, group: Group, model: str) -> Bool[np.ndarray, "g"]:
@@ -68,12 +72,7 @@ class OPD(Teachers, GRPO):
         delta = kl.gap(pi.logp.detach(), teacher, here)
         pull = kl.to_go(-delta, x.segment) if self.reward_to_go else -delta
         rl = super().loss(pi, replace(x, advantage=pull.float()), knobs)
-        metrics = {
-            "kl_teacher": x.mean(x.streams[SCORED] * kl.of_gap("k3", delta), Origin.POLICY),
-            **silence(x, Origin.POLICY, policy, here),
-            "teacher_clamped": x.mean((delta.abs() >= kl.BOUND).to(delta.dtype), Origin.POLICY),
-        }
-        return replace(rl, metrics={**rl.metrics, **metrics})
+        return replace(rl, metrics={**rl.metrics, **Term.of(delta).metrics(x, policy, here)})
 
     def surrogate(
         self, rho: Float[Tensor, "t"], a: Float[Tensor, "t"], pi: PolicyOutput, x: MicroBatch

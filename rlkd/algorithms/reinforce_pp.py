@@ -15,8 +15,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from rlkd.algorithms.grpo import GRPO, sampled_kl, with_advantages
+from rlkd.algorithms.grpo import GRPO
 from rlkd.core import advantage
+from rlkd.core.advantage import sampled_kl, with_advantages
 from rlkd.core.batch import Norm
 from rlkd.core.types import Group, Origin, Sample
 

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from rlkd.algorithms.grpo import GRPO, sampled_kl, with_advantages
+from rlkd.algorithms.grpo import GRPO
 from rlkd.core import advantage
+from rlkd.core.advantage import sampled_kl, with_advantages
 from rlkd.core.batch import MicroBatch, Norm
 from rlkd.core.ports import PolicyOutput
 from rlkd.core.types import Group
@@ -25,6 +26,7 @@ from rlkd.core.types import Group
 class RLOO(GRPO):
     name: str = "rloo"
     norm: Norm = "sequence-sum"
+    clips: ClassVar[bool] = False
     kl_in_reward: ClassVar[bool] = True
 
     def credit(self, group: Group) -> Group:

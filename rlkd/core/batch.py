@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int32, Int64, Shaped, UInt8
 from torch import Tensor
 
-from rlkd.core.types import Group, Origin, Sample
+from rlkd.core.types import Finish, Group, Origin, Sample
 
 Norm = Literal["token", "sequence", "sequence-sum", "constant"]
 
@@ -53,6 +53,7 @@ class MicroBatch:
     behavior_logp: Float32[Tensor, "t"]  # NaN where the policy did not sample
     advantage: Float32[Tensor, "t"]
     reward: Float32[Tensor, "s"]
+    truncated: Bool[Tensor, "s"]  # which samples were cut at their limit
     totals: Totals
     reference_logp: Float32[Tensor, "t"] | None = None
     teacher_logp: Float32[Tensor, "m t"] | None = None
@@ -114,7 +115,7 @@ class MicroBatch:
         counts = torch.zeros_like(sums).index_add(0, self.segment, mask.to(values.dtype))
         return sums / counts.clamp(min=1)
 
-    def spread(self, per_sample: Float[Tensor, "s"]) -> Float[Tensor, "t"]:
+    def spread(self, per_sample: Shaped[Tensor, "s"]) -> Shaped[Tensor, "t"]:
         """Each sample's value at each of its tokens."""
         return per_sample[self.segment]
 
@@ -165,6 +166,7 @@ def microbatch(samples: Sequence[Sample], groups: Sequence[int], totals: Totals,
         advantage=flat([np.zeros(n, np.float32) if s.advantage is None else s.advantage
                         for s, n in zip(samples, lengths, strict=True)]),
         reward=torch.tensor([s.reward for s in samples], dtype=torch.float32),
+        truncated=torch.tensor([s.finish == Finish.LENGTH for s in samples]),
         totals=totals,
         reference_logp=optional("reference_logp"),
         teacher_logp=optional("teacher_logp", axis=1),

@@ -24,15 +24,3 @@ def clipped(rho: Float[Tensor, "*t"], advantage: Float[Tensor, "*t"], low: float
 def dual_clipped(loss: Float[Tensor, "*t"], advantage: Float[Tensor, "*t"], bound: float) -> Float[Tensor, "*t"]:
     """Where A < 0, the loss is at most −A·bound (bound > 1). Ye et al. 2019, arXiv:1912.09729."""
     return torch.where(advantage < 0, torch.minimum(loss, -advantage * bound), loss)
-
-
-def truncated_weight(log_ratio: Float[Tensor, "*t"], cap: float) -> Float[Tensor, "*t"]:
-    """min(exp(log π_old − log μ), cap), detached: truncated importance sampling of the sampler/learner mismatch."""
-    bounded = log_ratio.detach().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return torch.exp(bounded).clamp(max=cap)
-
-
-def masked_weight(log_ratio: Float[Tensor, "*t"], low: float, high: float) -> Float[Tensor, "*t"]:
-    """w·1[low ≤ w ≤ high] with w = exp(log π_old − log μ), detached: masked importance sampling (IcePop)."""
-    weight = torch.exp(log_ratio.detach().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
-    return torch.where((weight >= low) & (weight <= high), weight, torch.zeros_like(weight))

@@ -1,15 +1,22 @@
 """Whether two tokenizers mean the same by their token ids, which is what log-probs of another model need.
 
 Compared are the maps from token to id, not their sizes: the same words are padded to different sizes (151,936 and
-152,064 rows), and different words may have the same size.
+152,064 rows), and different words may have the same size. Then both encode and decode one sample text (`retold`).
 """
 
 from collections.abc import Mapping
+
+import numpy as np
 
 from rlkd.core.errors import Problem
 from rlkd.data.chat import HFTokenizer
 
 SHOWN = 5  # differing ids in a message
+SAMPLE = "Let x² = 3.14159; naïve “quotes”, it's\n\n\tdef f(n):  return n + 1  # 你好 🙂 2024-01-31"
+OTHERWISE = (
+    "take a teacher with the policy's vocabulary (its family), or a method that uses a teacher's text: ampo, luffy, "
+    "sft, thinktuning"
+)
 Ids = Mapping[str, int]
 
 
@@ -44,8 +51,30 @@ def mismatch(policy: Ids, teacher: Ids, name: str, method: str) -> Problem | Non
         f"{method} asks {name} for log-probs, but {len(found):,} token ids mean other things to it than to the policy "
         f"(id: policy's and teacher's token): {first}",
         where=f"{name}.path",
-        fix="take a teacher with the policy's vocabulary (its family), or a method that uses a teacher's text: ampo, "
-        "luffy, sft, thinktuning",
+        fix=OTHERWISE,
+    )
+
+
+def retold(policy: HFTokenizer, teacher: HFTokenizer, name: str, method: str) -> Problem | None:
+    """Why tokenizers with the same map are not the same: other merges, normalisation or decoding, which show in a
+    sample text. The teacher would be asked about runs of tokens that it has never read. None if they agree."""
+    mine, theirs = (t.encode_many([SAMPLE], special=False)[0] for t in (policy, teacher))
+    if np.array_equal(mine, theirs):
+        if policy.decode(mine) == teacher.decode(mine):
+            return None
+        how = f"reads the policy's tokens of a sample text as {teacher.decode(mine)!r}"
+    else:
+        n = min(len(mine), len(theirs))
+        first = int(np.argmin([*(mine[:n] == theirs[:n]), False]))
+        how = (
+            f"writes a sample text in other tokens, from place {first} on: "
+            f"{mine[first : first + SHOWN].tolist()} are the policy's, {theirs[first : first + SHOWN].tolist()} its own"
+        )
+    return Problem(
+        "RLKD-C710",
+        f"{method} asks {name} for log-probs; its token ids mean what the policy's do, but it {how}",
+        where=f"{name}.path",
+        fix=OTHERWISE,
     )
 
 

@@ -29,6 +29,14 @@ class Demonstrated(Sampled):
     prefix_min: float = 1.0
     prefix_max: float = 1.0
 
+    def problems(self) -> list[str]:
+        found = []
+        if not 0 <= self.demonstrations < self.samples:
+            found.append(f"demonstrations={self.demonstrations} must be at least 0 and below samples={self.samples}")
+        if not 0 <= self.prefix_min <= self.prefix_max <= 1:
+            found.append(f"prefix_min={self.prefix_min} and prefix_max={self.prefix_max}: 0 ≤ min ≤ max ≤ 1")
+        return found
+
     async def __call__(self, prompt: Prompt, ask: Services, knobs: Knobs) -> Group:
         known = await ask.demonstrations(prompt)
         rng = np.random.default_rng([prompt.seed, STREAM])
