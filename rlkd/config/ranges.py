@@ -41,7 +41,7 @@ COUNT, NOT_NEGATIVE, POSITIVE = Range(at_least=1), Range(at_least=0), Range(abov
 SHARE, SEED = Range(at_least=0, at_most=1), Range(at_least=0, below=2**63)
 
 SOURCE = {"size": COUNT, "seed": SEED}
-SCORER = {"workers": COUNT, "max_tokens": COUNT, "timeout_s": POSITIVE, "threads": COUNT}
+SCORER = {"workers": COUNT, "max_tokens": COUNT, "timeout_s": POSITIVE, "stall_s": POSITIVE, "threads": COUNT}
 TEACHER: Mapping[str, Range] = {
     **SCORER,
     "writer.max_tokens": COUNT,

@@ -103,6 +103,8 @@ class ScorerConfig:
     workers: int = 1
     max_tokens: int = 16384  # of one forward pass
     timeout_s: float = 600.0
+    stall_s: float = 120.0  # a worker that has work and gets nowhere for this long is killed and replaced: no layer
+    # computed where it scores, no token where it writes
     threads: int | None = None
 
 

@@ -70,7 +70,7 @@ class Pool(Crew):
                     "RLKD-I617",
                     f"{what}: a sample of {len(one.tokens)} tokens came with {len(one.logp)} log-probs",
                     where=self._name,
-                    fix="sampler.engine=hf, and report this with the versions that `rlkd doctor` prints",
+                    fix=f"{self._options.advice.engine}, and report this with the versions that `rlkd doctor` prints",
                 )
         return written
 
