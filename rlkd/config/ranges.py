@@ -89,6 +89,7 @@ RANGES: Mapping[str, Range] = {
     "sampler.block_size": COUNT,
     "sampler.timeout_s": POSITIVE,
     "sampler.stall_s": POSITIVE,
+    "sampler.hedge": Range(at_least=1),
     "sampler.min_workers_timeout_s": POSITIVE,
     "sampler.replacements": NOT_NEGATIVE,
     "sampler.replacements_in_10_min": NOT_NEGATIVE,

@@ -25,6 +25,8 @@ class PoolOptions:
     probe_s: float | None = None  # ask every worker for its vitals this often; one that does not answer is lost
     stall_s: float | None = None  # a worker that has work and gets nowhere for this long is lost; None: not watched
     patient: bool = True  # a call waits while every worker is being replaced; False: WorkerLost at once
+    hedge: float | None = None  # what takes so many times the usual is asked of a second worker; None: nothing is
+    hedge_floor_s: float = 10.0  # and nothing that takes less than this
     at_once: int | None = None  # calls under way on one worker; None: it queues by itself
     replacements: int = 3  # of one worker in a row, without an answer in between; 0: a lost one is not replaced
     window_s: float = 600.0
