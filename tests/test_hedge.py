@@ -337,15 +337,16 @@ def test_an_error_of_the_first_is_the_callers_at_once() -> None:
 def test_who_gives_up_waiting_leaves_nobody_at_work() -> None:
     async def test() -> None:
         stopped: list[int] = []
+        never = asyncio.Event()  # held here: a task that nobody holds is ended by the garbage collector
 
         async def waits(worker: FakeWorker) -> None:
             try:
-                await forever()
+                await never.wait()
             finally:
                 stopped.append(worker.index)
 
         fakes = Fakes(on_generate=waits)
-        pool = await ready(fakes)
+        pool = await ready(fakes, timeout_s=1000.0)
         call = asyncio.create_task(pool.generate(PROMPT))
         await until(lambda: len(fakes.work) == 2)
         call.cancel()
