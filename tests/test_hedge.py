@@ -107,6 +107,24 @@ def test_the_answer_of_a_worker_that_has_time_is_taken_and_the_late_one_keeps_it
     run(test())
 
 
+def test_one_that_gives_no_sign_of_life_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async def stopped(worker: FakeWorker) -> None:
+            if worker.generation == worker.index == 0:
+                await forever()
+
+        monkeypatch.setattr(calls, "SIGN_S", 0.05)
+        fakes = Fakes(on_generate=first_hangs, on_status=stopped)
+        pool = await ready(fakes)
+        assert writer(await pool.generate(PROMPT)) == 1
+        await until(lambda: pool.counts()["replaced"] == 1)
+        assert [kind for kind, _ in fakes.told] == ["hedged", "stalled"]
+        await idle(pool)
+        pool.close()
+
+    run(test())
+
+
 def test_one_that_hangs_is_found_although_nobody_waits_for_it_any_more() -> None:
     async def test() -> None:
         fakes = Fakes(on_generate=first_hangs)
@@ -242,6 +260,7 @@ def test_a_late_worker_that_is_lost_after_the_other_has_answered_is_nobodys_erro
         gate.set()
         await until(lambda: pool.counts() == {"lost": 1, "preempted": 0, "replaced": 1})
         await idle(pool)
+        await until(lambda: [kind for kind, _ in fakes.told] == ["hedged", "worker_lost"])
         assert writer(await pool.generate(PROMPT)) == 0  # the replacement
         pool.close()
 

@@ -155,6 +155,13 @@ def lost(text: str, cause: BaseException | None = None) -> WorkerLost:
     return error
 
 
+def died(how: str) -> ActorDiedError:
+    """In Ray's words (tests/cluster/test_sigterm.py has them from a real node)."""
+    error = ActorDiedError()
+    error.error_msg = f"The actor died because its node has died. Node Id: 465a\n\tthe actor's node was {how}"
+    return error
+
+
 @pytest.mark.faults("F4", "F13")
 @pytest.mark.parametrize(
     ("error", "known", "kind"),
@@ -167,6 +174,8 @@ def lost(text: str, cause: BaseException | None = None) -> WorkerLost:
         (lost("HFEngine stopped: RuntimeError: DefaultCPUAllocator: can't allocate memory: …"), {}, Kind.MEMORY),
         (lost("VLLMEngine stopped: OutOfMemoryError: CUDA out of memory."), {}, Kind.MEMORY),
         (lost("x", ActorDiedError()), {"draining": True, "memory_full": True}, Kind.PREEMPT),
+        (lost("x", died("terminated expectedly: received SIGTERM")), {"memory_full": True}, Kind.PREEMPT),
+        (lost("x", died("terminated unexpectedly: health check failed")), {}, Kind.INFRA),
     ],
 )
 def test_why_a_worker_was_lost(error: WorkerLost, known: dict[str, bool], kind: Kind) -> None:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ray.exceptions import RayError
+
 from rlkd.core.errors import WorkerLost
 from rlkd.workers.ask import Slot, ask
 from rlkd.workers.crew import Crew
@@ -138,6 +140,8 @@ class Calls(Crew):
             try:
                 now = (await ask(slot, call.handle, "vitals()", SIGN_S, "vitals")).tokens
             except WorkerLost as lost:
+                if slot.handle is call.handle:
+                    await self._told_lost(slot, lost)
                 self._lose(slot, call.handle, lost)
                 break
             if before not in (None, now):
@@ -146,6 +150,9 @@ class Calls(Crew):
             before = now
             await asyncio.wait({call.answer}, timeout=LOOK_S)
         await asyncio.wait({call.answer})
+        end = None if call.answer.cancelled() else call.answer.exception()
+        if end is not None and isinstance(end.__cause__, RayError):
+            self._tell("worker_lost", f"{end}; it is replaced, and its call was answered by another one")
 
 
 def _to_do(slot: Slot) -> tuple[int, int]:
