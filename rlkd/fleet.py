@@ -213,6 +213,7 @@ class _Builder:
             stall_s=s.stall_s, nobody_s=s.min_workers_timeout_s, replacements=s.replacements,
             in_window=s.replacements_in_10_min, at_least=s.min_workers or 1,
             start_with=None if self.site.samplers == least else least,
+            hedge=None if self.config.deterministic else s.hedge,
         )  # fmt: skip
         pool = Pool(
             "rollout", spawn, self.site.samplers, self.read.sampling(self.config), limits, tell=self.tell,

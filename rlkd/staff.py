@@ -15,8 +15,19 @@ from rlkd.engines.endpoint import Endpoint, EndpointOptions
 from rlkd.inputs import Inputs
 from rlkd.model_folder import model_config, vocabulary
 from rlkd.report import secrets
-from rlkd.teachers import scored_by, scorer_role, scorers, unavailable, workers_of, writer_role, writers, written_by
+from rlkd.teachers import (
+    key_of,
+    scored_by,
+    scorer_role,
+    scorers,
+    unavailable,
+    workers_of,
+    writer_role,
+    writers,
+    written_by,
+)
 from rlkd.workers.crew import Stacks
+from rlkd.workers.limits import Advice
 from rlkd.workers.placement import Placement
 from rlkd.workers.pool import Pool, PoolOptions
 from rlkd.workers.rollout import spawner as writer_spawner
@@ -120,19 +131,24 @@ class Staff:
             "attention": self.config.model.attention,
         }
         spawn = scorer_spawner(options, environment(n), lambda i: placement.options(f"{role}-{i}"))
-        return self._crew(role, spawn, scorer, PoolOptions(timeout_s=scorer.timeout_s), placement)
+        return self._crew(name, role, spawn, scorer, f"lower {key_of(name)}.max_tokens", placement)
 
     def _writer(self, name: str, teacher: TeacherConfig, placement: Placement, threads: Threads) -> Pool:
         role, n, w = writer_role(name), teacher.threads or threads.scorer, teacher.writer
         same = ("context", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization")
         options = {**self._folder(name), **{key: getattr(w, key) for key in same}, "threads": n}
         spawn = writer_spawner(w.engine, options, environment(n), lambda i: placement.options(f"{role}-{i}"))
-        options_of_pool = PoolOptions(timeout_s=teacher.timeout_s, probe_s=PROBE_S)
-        return self._crew(role, spawn, teacher, options_of_pool, placement)
+        key = f"{key_of(name)}.writer"
+        memory = f"lower {key}.max_num_seqs or {key}.kv_cache_gib (on GPU {key}.gpu_memory_utilization)"
+        return self._crew(name, role, spawn, teacher, memory, placement)
 
     def _crew(
-        self, role: str, spawn: Callable[[int], Any], model: ScorerConfig, options: PoolOptions, placement: Placement
+        self, name: str, role: str, spawn: Callable[[int], Any], model: ScorerConfig, memory: str, placement: Placement
     ) -> Pool:
+        key = key_of(name)
+        slow = f"raise {key}.timeout_s or {key}.stall_s"
+        advice = Advice(memory, slow, nodes="add nodes", engine=f"{key}.writer.engine=hf")
+        options = PoolOptions(timeout_s=model.timeout_s, probe_s=PROBE_S, stall_s=model.stall_s, advice=advice)
         if unavailable(model) == "fail":
             options = replace(options, replacements=0)
         if unavailable(model) == "skip_kd":

@@ -87,7 +87,8 @@ def scored_by(config: Config) -> dict[str, str]:
     """name → the first name with the same model and settings: they are served by one pool."""
 
     def same(s: ScorerConfig) -> Hashable:
-        return (s.path or config.model.path, s.workers, s.max_tokens, s.timeout_s, s.threads, unavailable(s))
+        path = s.path or config.model.path
+        return (path, s.workers, s.max_tokens, s.timeout_s, s.stall_s, s.threads, unavailable(s))
 
     return _shared(scorers(config), same)
 
@@ -97,7 +98,8 @@ def written_by(config: Config) -> dict[str, str]:
 
     def same(t: TeacherConfig) -> Hashable:
         engine = tuple(getattr(t.writer, f.name) for f in fields(t.writer) if f.name not in SAMPLED)
-        return (t.path or config.model.path, t.workers, t.timeout_s, t.threads, t.on_unavailable, *engine)
+        path = t.path or config.model.path
+        return (path, t.workers, t.timeout_s, t.stall_s, t.threads, t.on_unavailable, *engine)
 
     return _shared({name: t for name, t in writers(config).items() if t.endpoint is None}, same)
 

@@ -62,6 +62,7 @@ class FakeWorker:
         ] * n
 
     async def do_logp(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+        await self.cluster.on_logp(self)
         return [np.zeros(len(s), np.float32) for s in sequences]
 
     async def do_load(self, ref: WeightRef) -> str:
@@ -97,6 +98,7 @@ class Fakes:
 
     on_start: Callable[[FakeWorker], Coroutine[Any, Any, None]] = nothing
     on_generate: Callable[[FakeWorker], Coroutine[Any, Any, None]] = nothing
+    on_logp: Callable[[FakeWorker], Coroutine[Any, Any, None]] = nothing
     on_load: Callable[[FakeWorker, WeightRef], Coroutine[Any, Any, None]] = nothing
     on_status: Callable[[FakeWorker], Coroutine[Any, Any, None]] = nothing
     node_of: Callable[[FakeWorker], str] = lambda worker: f"node-{worker.generation}"

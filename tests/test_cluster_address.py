@@ -1,5 +1,6 @@
 """Where a run finds its Ray cluster, and what it says if there is none."""
 
+import errno
 import os
 import socket
 import time
@@ -41,6 +42,53 @@ def test_without_an_address_a_cluster_of_its_own(asked: list[dict[str, object]])
     join(None)
     (call,) = asked
     assert (call["address"], call["object_store_memory"], call["namespace"]) == ("local", 1 << 20, "rlkd-x")
+
+
+# --- ports
+
+
+def init(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> list[str]:
+    """ray.init fails like this, then no more; what is called."""
+    called: list[str] = []
+
+    def fake(**_: object) -> None:
+        called.append("init")
+        if called.count("init") <= len(errors):
+            raise errors[called.count("init") - 1]
+
+    monkeypatch.setattr(ray, "init", fake)
+    monkeypatch.setattr(ray, "shutdown", lambda: called.append("shutdown"))
+    return called
+
+
+# Of Ray 2.60, when its GCS finds its port taken.
+GCS = RuntimeError("Failed to start GCS. Check failed: server_ Failed to start the grpc server. The specified port is "
+                   "43261. … If the server startup error message is `Address already in use`, …")  # fmt: skip
+
+
+@pytest.mark.faults("F64")
+@pytest.mark.usefixtures("asked")
+def test_a_cluster_whose_port_is_taken_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    called = init(monkeypatch, GCS, OSError(errno.EADDRINUSE, "in use"))
+    join(None)
+    assert called == ["init", "shutdown", "init", "shutdown", "init"]
+    said = [record.getMessage() for record in caplog.records]
+    assert ["try 1 of 5" in said[0], "try 2 of 5" in said[1], "43261" in said[0], len(said)] == [True, True, True, 2]
+
+
+@pytest.mark.faults("F64")
+@pytest.mark.usefixtures("asked")
+def test_not_for_ever_and_not_for_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = init(monkeypatch, *[GCS] * 9)
+    with pytest.raises(PreflightError, match=r"RLKD-E192.*5 times a port that it needs was taken"):
+        join(None)
+    assert called.count("init") == called.count("shutdown") == 5
+    called = init(monkeypatch, RuntimeError("no space left on device"))
+    with pytest.raises(RuntimeError, match="no space"):
+        join(None)
+    assert called.count("init") == 1
 
 
 def test_the_recipe_comes_before_the_environment(

@@ -50,7 +50,7 @@ def test_a_worker_with_work_that_writes_no_token_is_lost_long_before_its_deadlin
         pool = fakes.pool(1, WATCHED)
         pool._stacks = stacks
         await pool.start()
-        with pytest.raises(WorkerLost, match=r"rollout-0: no token for .* s with 1 calls under way"):
+        with pytest.raises(WorkerLost, match=r"rollout-0: no progress for .* s with 1 calls under way"):
             await pool.generate(PROMPT)
         assert fakes.killed == fakes.made[:1]
         assert taken == [("rollout-0", 1001)]
@@ -85,6 +85,29 @@ def test_who_is_slow_but_writes_is_left_alone_and_so_is_who_has_nothing_to_do() 
         await pool.start()
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(pool.generate(PROMPT), 0.4)
+        pool.close()
+
+    run(test())
+
+
+@pytest.mark.faults("F3", "F7")
+def test_so_it_is_with_one_that_scores() -> None:
+    """Layer by layer its counter grows (tests/test_scorer.py), long before the call is over."""
+
+    async def test() -> None:
+        async def layer_by_layer(worker: FakeWorker) -> None:
+            for _ in range(12):
+                await asyncio.sleep(0.02)
+                worker.tokens += 1
+
+        fakes = Fakes(on_logp=layer_by_layer)
+        pool = fakes.pool(1, WATCHED)
+        await pool.start()
+        await pool.logp([PROMPT])
+        assert pool.counts()["lost"] == 0
+        fakes.on_logp = writes_nothing
+        with pytest.raises(WorkerLost, match=r"rollout-0: no progress for .* s with 1 calls under way"):
+            await pool.logp([PROMPT])
         pool.close()
 
     run(test())
@@ -132,6 +155,13 @@ def lost(text: str, cause: BaseException | None = None) -> WorkerLost:
     return error
 
 
+def died(how: str) -> ActorDiedError:
+    """In Ray's words (tests/cluster/test_sigterm.py has them from a real node)."""
+    error = ActorDiedError()
+    error.error_msg = f"The actor died because its node has died. Node Id: 465a\n\tthe actor's node was {how}"
+    return error
+
+
 @pytest.mark.faults("F4", "F13")
 @pytest.mark.parametrize(
     ("error", "known", "kind"),
@@ -145,6 +175,8 @@ def lost(text: str, cause: BaseException | None = None) -> WorkerLost:
         (lost("HFEngine stopped: RuntimeError: DefaultCPUAllocator: can't allocate memory: …"), {}, Kind.MEMORY),
         (lost("VLLMEngine stopped: OutOfMemoryError: CUDA out of memory."), {}, Kind.MEMORY),
         (lost("x", ActorDiedError()), {"draining": True, "memory_full": True}, Kind.PREEMPT),
+        (lost("x", died("terminated expectedly: received SIGTERM")), {"memory_full": True}, Kind.PREEMPT),
+        (lost("x", died("terminated unexpectedly: health check failed")), {}, Kind.INFRA),
     ],
 )
 def test_why_a_worker_was_lost(error: WorkerLost, known: dict[str, bool], kind: Kind) -> None:

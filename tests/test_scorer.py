@@ -112,6 +112,32 @@ def test_calls_queue_and_are_counted(scorer: Scorer) -> None:
     assert [t.ids.shape for t in top] == [(2, 2), (5, 2), (9, 2)]
 
 
+@pytest.mark.faults("F3", "F7", "F20")
+def test_a_long_forward_pass_shows_progress_at_every_layer_and_piece_of_the_head(folder: Path) -> None:
+    """Who watches must be able to tell one that computes from one that hangs."""
+    scorer = Scorer.create(path=str(folder), device="cpu", head_rows=1)
+    scorer.start()
+    seen: list[int] = []
+    for part in scorer.policy.model.base_model.layers:
+        part.register_forward_hook(lambda *_: seen.append(scorer.written))
+    asked, answer = [], scorer.policy.logp
+
+    def piecewise(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        asked.append(len(states))
+        seen.append(scorer.written)
+        return answer(states, targets)
+
+    scorer.policy.logp = piecewise  # type: ignore[method-assign]
+    sequences = [np.random.default_rng(0).integers(0, VOCABULARY, 40).astype(np.int32)]
+    scorer.score(sequences, 3)
+    assert asked == [8] * 4 + [7]
+    assert seen == sorted(set(seen))  # each says more than the one before
+    assert len(seen) == len(scorer.policy.model.base_model.layers) + 5
+    assert 0 < seen[0] < seen[-1] < scorer.written == 40
+    scorer.score(sequences)
+    assert scorer.written == 80
+
+
 def test_a_scorer_is_frozen(scorer: Scorer) -> None:
     assert not any(p.requires_grad for p in scorer.policy.parameters())
     with pytest.raises(ValueError, match="frozen"):

@@ -41,7 +41,7 @@ COUNT, NOT_NEGATIVE, POSITIVE = Range(at_least=1), Range(at_least=0), Range(abov
 SHARE, SEED = Range(at_least=0, at_most=1), Range(at_least=0, below=2**63)
 
 SOURCE = {"size": COUNT, "seed": SEED}
-SCORER = {"workers": COUNT, "max_tokens": COUNT, "timeout_s": POSITIVE, "threads": COUNT}
+SCORER = {"workers": COUNT, "max_tokens": COUNT, "timeout_s": POSITIVE, "stall_s": POSITIVE, "threads": COUNT}
 TEACHER: Mapping[str, Range] = {
     **SCORER,
     "writer.max_tokens": COUNT,
@@ -89,6 +89,7 @@ RANGES: Mapping[str, Range] = {
     "sampler.block_size": COUNT,
     "sampler.timeout_s": POSITIVE,
     "sampler.stall_s": POSITIVE,
+    "sampler.hedge": Range(at_least=1),
     "sampler.min_workers_timeout_s": POSITIVE,
     "sampler.replacements": NOT_NEGATIVE,
     "sampler.replacements_in_10_min": NOT_NEGATIVE,

@@ -89,6 +89,8 @@ class SamplerConfig:
     enforce_eager: bool | None = None  # None: eager on CPU (compiling costs 97 s of start), graphs on GPU
     timeout_s: float = 600.0  # of one group's generation
     stall_s: float = 120.0  # a worker that has work and writes no token for this long is killed and replaced
+    hedge: float | None = 3.0  # a group that takes so many times the usual is also asked of a worker that has time, and
+    # the first answer is taken; null: never, and so with deterministic=true
     min_workers_timeout_s: float = 600.0  # with too few workers (or no node for the learner); then the run ends
     replacements: int = 3  # of one worker in a row without an answer in between, then it is out; all out: the run ends
     replacements_in_10_min: int = 10  # of one worker whatever it answered in between, then it is out
@@ -103,6 +105,8 @@ class ScorerConfig:
     workers: int = 1
     max_tokens: int = 16384  # of one forward pass
     timeout_s: float = 600.0
+    stall_s: float = 120.0  # a worker that has work and gets nowhere for this long is killed and replaced: no layer
+    # computed where it scores, no token where it writes
     threads: int | None = None
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Float32, Int32
 
 from rlkd.core.errors import PreflightError, RlkdError, WorkerLost
 from rlkd.core.ports import Completion, Sampling, WeightRef
+from rlkd.core.taken import port_taken
 from rlkd.core.types import TopK
 from rlkd.engines import weights
 from rlkd.engines.jobs import EngineOptions, Job, Limits, Scoring, Writing, seed_of
@@ -84,7 +85,8 @@ class Engine(ABC):
         return cls(EngineOptions(**options))
 
     def start(self) -> None:
-        """Load the model; returns when it can be used. PreflightError if it cannot be loaded."""
+        """Load the model; returns when it can be used. PreflightError if it cannot be loaded, WorkerLost if another
+        process took the port it was to use."""
         self.options.check()
         self._thread.start()
         self._started.result()
@@ -268,6 +270,8 @@ def _unstartable(path: str, error: BaseException) -> BaseException:
     if isinstance(error, RlkdError) or not isinstance(error, Exception):
         return error
     log.error("the engine could not be started", exc_info=error)
+    if port_taken(error) or type(error).__name__ == "DistNetworkError":  # of torch
+        return WorkerLost(f"the engine found no port of its own: {type(error).__name__}: {error}")  # another one may
     said = " ".join(str(error).split())[:500]
     fix = "`rlkd doctor` and `rlkd check` look for what is missing; the worker's log has the traceback"
     if "cache" in said.lower():  # vLLM's words for too little room for keys and values

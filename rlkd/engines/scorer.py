@@ -5,7 +5,7 @@ beginning that all its sequences have in common.
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,6 +42,27 @@ class ScorerOptions:
     threads: int | None = None
 
 
+HEAD_CHUNKS = 8  # of head_rows rows each: so many the head computes between two signs of progress
+
+
+class Scored:
+    """Tokens scored since the start. A forward pass counts by parts, a module of the trunk or some rows of the head
+    each: one over many tokens may take minutes on a CPU, and must not look as if it hung."""
+
+    def __init__(self) -> None:
+        self.tokens = self._whole = self._each = 0.0
+
+    def begin(self, tokens: int, parts: int) -> None:
+        self._whole, self._each = self.tokens + tokens, tokens / parts
+
+    def part(self, *_: Any) -> None:
+        """A part is computed. It is also a forward hook of modules."""
+        self.tokens = min(self.tokens + self._each, self._whole)
+
+    def end(self) -> None:
+        self.tokens = self._whole
+
+
 class Scorer:
     """`start` it before use. A worker may call its async methods at any time; they queue."""
 
@@ -49,6 +70,7 @@ class Scorer:
         self.options = options
         self._thread = ThreadPoolExecutor(1, "scorer")
         self._busy = 0
+        self._scored = Scored()
 
     @classmethod
     def create(cls, **options: Any) -> "Scorer":
@@ -68,6 +90,10 @@ class Scorer:
         )  # fmt: skip
         self.policy = Policy.load(model).requires_grad_(False)
         check_agreement(self.policy)
+        trunk = [part for part in self.policy.model.base_model.modules() if not any(part.children())]
+        for part in trunk:
+            part.register_forward_hook(self._scored.part)
+        self._modules = len(trunk)
         config = self.policy.model.config.get_text_config()
         self.context: int = o.context or config.max_position_embeddings
 
@@ -90,6 +116,11 @@ class Scorer:
     def status(self) -> tuple[int, str, int]:
         """(version 0, no digest, sequences under way)."""
         return 0, "", self._busy
+
+    @property
+    def written(self) -> int:
+        """Tokens scored since the start: what grows while the scorer gets anywhere."""
+        return int(self._scored.tokens)
 
     async def _queued(self, sequences: Sequences, k: int) -> list[tuple[np.ndarray, TopK]]:
         self._busy += len(sequences)
@@ -144,6 +175,7 @@ class Scorer:
         """One forward pass. Each (state, next token) is asked for once, however many sequences share it."""
         x = _as_batch(part, shared).to(next(self.policy.parameters()).device)
         where = layout(x)
+        self._scored.begin(len(x.tokens), self._modules + self._pieces(len(where.computed)) * (2 if k else 1))
         hidden = self.policy.hidden(x.tokens, where)
         source = where.source.to(hidden.device)
         asked = (source >= 0).nonzero()[:, 0]
@@ -151,8 +183,9 @@ class Scorer:
         pairs = source[asked] * self.policy.vocabulary + x.tokens[asked]
         distinct, back = pairs.unique(return_inverse=True)
         states = hidden.index_select(0, distinct // self.policy.vocabulary)
-        logp[asked] = self.policy.logp(states, distinct % self.policy.vocabulary)[back].float()
+        logp[asked] = self._by_rows(self.policy.logp, states, distinct % self.policy.vocabulary)[0][back].float()
         ids, likeliest = self._likeliest(hidden, source, k)
+        self._scored.end()
         ends = np.cumsum([len(s) for s in part])[:-1]
         rows = (np.split(a.cpu().numpy(), ends) for a in (logp, ids, likeliest))
         return [(own, TopK(i, p)) for own, i, p in zip(*rows, strict=True)]
@@ -163,9 +196,25 @@ class Scorer:
         if k:
             asked = (source >= 0).nonzero()[:, 0]
             states, back = source[asked].unique(return_inverse=True)
-            found, likely = self.policy.likeliest(hidden.index_select(0, states), k)
+            found, likely = self._by_rows(lambda h: self.policy.likeliest(h, k), hidden.index_select(0, states))
             ids[asked], logp[asked] = found[back].int(), likely[back].float()
         return ids, logp
+
+    def _by_rows(self, ask: Callable[..., Any], *rows: Tensor) -> list[Tensor]:
+        """What `ask` answers to these rows (a tensor or several), asked piece by piece, each a sign of progress."""
+        answers = []
+        for piece in zip(*(r.split(self._piece) for r in rows), strict=True):
+            answer = ask(*piece)
+            answers.append(answer if isinstance(answer, tuple) else (answer,))
+            self._scored.part()
+        return [torch.cat(parts) for parts in zip(*answers, strict=True)]
+
+    @property
+    def _piece(self) -> int:
+        return HEAD_CHUNKS * self.options.head_rows
+
+    def _pieces(self, rows: int) -> int:
+        return -(-rows // self._piece)
 
 
 def common_beginning(sequences: Sequences) -> int:

@@ -19,6 +19,7 @@ from rlkd.engines.device import pick_device, pick_dtype
 from rlkd.engines.engine import Engine
 from rlkd.engines.jobs import EngineOptions, Job, Limits, Scoring, Writing
 
+PORTS, PORTS_EACH = range(20000, 32000), 30  # above Ray's for workers (10002 … 19999), below Linux's for anybody
 CPU_BLOCK = 32  # tokens; vLLM's 128 on CPU never shares a prompt that is shorter than that
 
 
@@ -29,6 +30,7 @@ def environment(options: EngineOptions) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_PORT": _first_port(),
     }
     if options.threads:
         wanted["OMP_NUM_THREADS"] = str(options.threads)
@@ -36,6 +38,14 @@ def environment(options: EngineOptions) -> dict[str, str]:
         # vLLM compiles the ranks of log-probs even when it runs eagerly: a C++ compiler and seconds, for nothing here.
         wanted["TORCHDYNAMO_DISABLE"] = "1"
     return wanted
+
+
+def _first_port() -> str:
+    """vLLM takes the first free port from VLLM_PORT on. One that the system chose may be given to somebody else before
+    vLLM opens it; these are below those it gives out, and processes of one machine begin at different ones. Kubernetes
+    sets VLLM_PORT to a URL where a service is named vllm, which vLLM refuses."""
+    own = os.environ.get("VLLM_PORT", "")
+    return own if own.isdigit() else str(PORTS.start + os.getpid() % (len(PORTS) // PORTS_EACH) * PORTS_EACH)
 
 
 def prepare(options: EngineOptions) -> None:

@@ -1,5 +1,6 @@
 """Being in a Ray cluster: one that is there, or one started in this machine."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -10,7 +11,9 @@ from typing import Any
 import ray
 
 from rlkd.core.errors import PreflightError
+from rlkd.core.taken import port_taken
 
+log = logging.getLogger("rlkd.workers")
 REACHED_S = 5.0  # for a connection: Ray itself tries for minutes, and says little
 ASKED_S, ASKS = 60.0, 9
 ASK = f"""
@@ -23,31 +26,50 @@ except AuthenticationError:
     sys.exit({ASKS})
 """
 FIX = "the head node's HOST:PORT as `ray start --head` prints it (the port is 6379 if not told otherwise)"
+STARTS = 5  # of a cluster of its own, while ports it chose are taken by others
+TAKEN = "`ss -ltnp` shows who has which port; unset RAY_GCS_SERVER_PORT, if it is set, and Ray chooses"
 SUBMIT = "from outside the cluster: rlkd submit RECIPE --ray http://HEAD:8265"
 
 
 def join(namespace: str, address: str | None, object_store_bytes: int) -> None:
     """Join the cluster at `address` (the recipe's ray.address) or RAY_ADDRESS, else start one in this machine.
 
-    PreflightError RLKD-E191 if there is none, or it refuses.
+    PreflightError RLKD-E191 if there is none, or it refuses; RLKD-E192 if somebody else has a port that it needs, each
+    of the times that it is started.
     """
     key = "ray.address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS") or "local"  # with None Ray would join any it finds here
-    own: dict[str, Any] = {"object_store_memory": object_store_bytes, "include_dashboard": False}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after ray.shutdown must fail, not start another cluster
-    if address != "local":
-        own = {}
-        if _reach(address, key) and "RAY_AUTH_MODE" not in os.environ and _asks_for_token(address):
-            if token() is None:
-                raise _refused(address, key, ray.exceptions.AuthenticationError("no token"))
-            _send_token()
+    if address == "local":
+        _start(namespace, object_store_bytes)
+        return
+    if _reach(address, key) and "RAY_AUTH_MODE" not in os.environ and _asks_for_token(address):
+        if token() is None:
+            raise _refused(address, key, ray.exceptions.AuthenticationError("no token"))
+        _send_token()
     try:
-        ray.init(address=address, namespace=namespace, log_to_driver=False, **own)
+        ray.init(address=address, namespace=namespace, log_to_driver=False)
     except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
-        if address == "local":
-            raise
         raise _refused(address, key, error) from error
+
+
+def _start(namespace: str, object_store_bytes: int) -> None:
+    """A cluster in this machine. Ray looks for free ports first, and others may take them before it does."""
+    own: dict[str, Any] = {"object_store_memory": object_store_bytes, "include_dashboard": False}
+    for tries in range(1, STARTS + 1):
+        try:
+            ray.init(address="local", namespace=namespace, log_to_driver=False, **own)
+            return
+        except Exception as error:  # what Ray raises here has no type of its own
+            if not port_taken(error):
+                raise
+            ray.shutdown()  # what did come up
+            said = " ".join(str(error).split())[:500]
+            log.warning("Ray did not start, for a port was taken (try %d of %d): %s", tries, STARTS, said)
+            if tries == STARTS:
+                what = f"Ray cannot start here, {STARTS} times a port that it needs was taken: {said}"
+                raise PreflightError("RLKD-E192", what, "ray.address", TAKEN) from error
 
 
 def token() -> str | None:

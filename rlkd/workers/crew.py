@@ -226,7 +226,7 @@ class Crew(Places):
             at_work = slot.calls > 0 and not slot.loading
             still_s = slot.progress.seen(vitals.tokens, at_work, time.monotonic())
             if most is not None and still_s > most:
-                what = f"no token for {still_s:.0f} s with {slot.calls} calls under way"
+                what = f"no progress for {still_s:.0f} s with {slot.calls} calls under way"
                 raise WorkerLost(f"{slot.name}: {what}")
         except WorkerLost as error:
             if handle is not None and handle is slot.handle:
@@ -268,7 +268,7 @@ class Crew(Places):
             about = f"{who} for {now - since:.0f} s: {_states([s for s in awaited if not s.ready])}"
             if now - since > limit:
                 gone = not begun or all(s.losses.last is Kind.PREEMPT or s.homeless for s in awaited if not s.ready)
-                fix = "add nodes, or raise sampler.min_workers_timeout_s; `ray status` shows what the cluster has"
+                fix = f"{self._options.advice.nodes}; `ray status` shows what the cluster has"
                 self._finish_all(End(f"{self._name}: {about}", "RLKD-I613", fix, NodesGone if gone else NoWorkers))
                 await self._notify()
             elif now - told >= self._options.status_s:

@@ -20,6 +20,9 @@ _MEMORY = re.compile(
     r"MemoryError|OutOfMemory|out of memory|can't allocate memory|running low on memory", re.IGNORECASE
 )
 OUT_OF_MEMORY = 2  # times in a row
+_TAKEN = (
+    "node was terminated expectedly"  # Ray's words for a node whose raylet got SIGTERM: `ray stop`, a pod that ends
+)
 
 
 class Kind(StrEnum):
@@ -37,7 +40,7 @@ def kind_of(lost: WorkerLost, draining: bool = False, memory_full: bool = False)
     """`draining`: its node was known to go away. `memory_full`: the kernel killed for memory meanwhile, or there was
     next to none left at its last sign of life; that tells only of a process that died."""
     cause = lost.__cause__
-    if draining or getattr(cause, "preempted", False):
+    if draining or getattr(cause, "preempted", False) or _TAKEN in str(cause):
         return Kind.PREEMPT
     if isinstance(lost, CannotStart):
         return Kind.INFRA

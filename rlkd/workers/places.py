@@ -82,8 +82,7 @@ class Places(ABC):
                 End(
                     f"{slot.name} ran out of memory twice in a row; the last time: {why}",
                     "RLKD-I612",
-                    "lower sampler.max_num_seqs or sampler.kv_cache_gib (on GPU sampler.gpu_memory_utilization), or "
-                    "take a machine with more memory",
+                    f"{self._options.advice.memory}, or take a machine with more memory",
                 )
             )
         elif verdict is not None:
@@ -94,7 +93,9 @@ class Places(ABC):
         slot.state = f"{slot.out}; the last time: {why}"
         left = sum(s.out is None for s in self._slots)
         if not left:
-            self._finish_all(End(f"{slot.name} was {verdict}; the last time: {why}"))
+            advice = self._options.advice
+            fix = f"the workers' logs (ray logs) say why: out of memory ({advice.memory}), or too slow ({advice.slow})"
+            self._finish_all(End(f"{slot.name} was {verdict}; the last time: {why}", fix=fix))
         else:
             text = f"{slot.name} was {verdict} and is not replaced any more; {left} of {self._size} go on: {why}"
             self._tell("quarantine", text)

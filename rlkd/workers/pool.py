@@ -1,5 +1,6 @@
-"""Several workers behind one `Model`: routing, deadlines, the same weights for all. What becomes of lost workers is in
-crew.py; a replacement gets no work before it has reported the version and digest that the pool delivered last.
+"""Several workers behind one `Model`, with the same weights for all. Who gets a call is in calls.py, what becomes of
+lost workers in crew.py; a replacement gets no work before it has reported the version and digest that the pool
+delivered last.
 """
 
 import asyncio
@@ -17,7 +18,8 @@ from rlkd.core.peak import GIB
 from rlkd.core.ports import Completion, Sampling, WeightRef
 from rlkd.core.types import TopK
 from rlkd.workers.ask import Slot, ask
-from rlkd.workers.crew import Crew, Seated, Stacks
+from rlkd.workers.calls import Calls
+from rlkd.workers.crew import Seated, Stacks
 from rlkd.workers.limits import PoolOptions
 from rlkd.workers.rollout import Reading
 
@@ -25,7 +27,7 @@ Bring = Callable[[WeightRef, str], Awaitable[WeightRef]]
 __all__ = ["Pool", "PoolOptions"]
 
 
-class Pool(Crew):
+class Pool(Calls):
     """`size` workers, made by `spawn(index)`: handles with the remote methods of RolloutWorker.
 
     All calls must come from one event loop. A worker that dies, is stuck or reports other weights than it should is
@@ -63,14 +65,21 @@ class Pool(Crew):
         if how is None:
             raise ValueError(f"{self._name}: no Sampling was given, and the pool has no default")
         what = f"generate(prompt {len(tokens)}, samples {n})"
-        written: list[Completion] = await self._call(n, what, "generate", tokens, n, seed, how)
+        ref = self._ref
+        versions = (0, 0) if ref is None else (ref.version, ref.version)
+        written: list[Completion] = await self._in_time(
+            how.max_tokens,
+            lambda: self._ref is ref,
+            lambda answer: all(one.versions == versions for one in answer),
+            n, what, "generate", tokens, n, seed, how,
+        )  # fmt: skip
         for one in written:
             if len(one.tokens) != len(one.logp):  # what is trained is these tokens, each with its own log-prob
                 raise InfrastructureError(
                     "RLKD-I617",
                     f"{what}: a sample of {len(one.tokens)} tokens came with {len(one.logp)} log-probs",
                     where=self._name,
-                    fix="sampler.engine=hf, and report this with the versions that `rlkd doctor` prints",
+                    fix=f"{self._options.advice.engine}, and report this with the versions that `rlkd doctor` prints",
                 )
         return written
 
@@ -106,9 +115,11 @@ class Pool(Crew):
         return {slot.name: reading for slot, reading in zip(asked, found, strict=True) if isinstance(reading, Reading)}
 
     def metrics(self) -> dict[str, float]:
-        """The most memory that any of its workers ever held, in GiB, as far as they have said."""
+        """The most memory that any of its workers ever held, in GiB, as far as they have said; calls since the start
+        that a second worker was asked, too, and how many of these it won."""
         known = [s.vitals.memory.peak for s in self._slots if s.vitals is not None and s.vitals.memory.peak]
-        return {f"memory/{self._name}_peak_gib": max(known) / GIB} if known else {}
+        memory = {f"memory/{self._name}_peak_gib": max(known) / GIB} if known else {}
+        return memory | ({} if self._pace is None else {name: float(n) for name, n in self._hedged.items()})
 
     # --- weights
 
@@ -163,50 +174,3 @@ class Pool(Crew):
             except (RlkdError, RayTaskError) as error:
                 if self._ref is ref:  # not just overwritten by the next version
                     raise WorkerLost(str(error)) from error
-
-    # --- calls
-
-    async def _call(self, load: int, what: str, method: str, *arguments: Any) -> Any:
-        """One call on the worker with the least to do."""
-        slot = await self._take(load)
-        try:
-            return await self._guarded(slot, slot.handle, what, method, *arguments)
-        finally:
-            slot.load -= load
-            slot.calls -= 1
-            await self._notify()
-
-    async def _take(self, load: int) -> Slot:
-        """The ready worker with the least to do; waits while all have all they may have, and, if the pool is patient,
-        while all are being replaced."""
-        most, patient = self._options.at_once, self._options.patient
-
-        def free() -> list[Slot]:
-            return [s for s in self._slots if s.ready and (most is None or s.calls < most)]
-
-        if not self._slots:
-            raise RuntimeError(f"{self._name}: the pool was not started")
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: self._end is not None or free() or not (patient or any(s.ready for s in self._slots))
-            )
-        self._check()
-        if not free():
-            raise WorkerLost(f"{self._name}: " + ", ".join(f"{s.name} {s.state}" for s in self._slots))
-        slot = min(free(), key=lambda s: (s.load, s.calls))
-        if not slot.calls:
-            slot.progress.begin(time.monotonic())
-        slot.load += load
-        slot.calls += 1
-        return slot
-
-    async def _guarded(self, slot: Slot, handle: Any, what: str, method: str, *arguments: Any) -> Any:
-        """`ask`, and if the worker turns out to be lost, its replacement."""
-        try:
-            answer = await ask(slot, handle, what, self._options.timeout_s, method, *arguments)
-        except WorkerLost as error:
-            self._lose(slot, handle, error)
-            self._check()
-            raise
-        slot.losses.answered()
-        return answer

@@ -57,10 +57,10 @@ class Nodes:
     def drain(self, node: str, seconds: float) -> None:
         drain.drain(node, seconds)
 
-    def kill(self, node: str) -> None:
+    def kill(self, node: str, number: int = signal.SIGKILL) -> None:
         """SIGKILL to its raylet: the workers there die with it, and nobody is told."""
         (raylet,) = self._nodes[node].all_processes["raylet"]
-        os.kill(raylet.process.pid, signal.SIGKILL)
+        os.kill(raylet.process.pid, number)
 
     def close(self) -> None:
         ray.shutdown()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -236,6 +237,28 @@ def test_a_teacher_killed_in_the_middle_of_a_call_is_asked_again(tmp_path: Path,
             assert np.isfinite(known).all()
             assert (known < 0).all()
             np.testing.assert_allclose(sample.teacher_logp, other.teacher_logp, atol=1e-6)
+
+
+@pytest.mark.faults("F3", "F7")
+@pytest.mark.usefixtures("cluster")
+def test_a_teacher_that_hangs_is_found_long_before_its_deadline(tiny: Path) -> None:
+    made: list[Any] = []
+
+    async def run() -> None:
+        pool = scorer_pool(tiny, made, probe_s=1.0, stall_s=5.0, replacements=0)
+        try:
+            await pool.start()
+            pid = pool.roster()["teacher:big-0"]["pid"]
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(NoWorkers, match="teacher:big-0 was lost"):
+                await asyncio.wait_for(pool.logp(sequences()), 20)  # of the 60 that a call may take
+            async with asyncio.timeout(20):
+                while psutil.pid_exists(pid):
+                    await asyncio.sleep(0.1)
+        finally:
+            pool.close()
+
+    asyncio.run(run())
 
 
 @pytest.mark.faults("F7")

@@ -319,6 +319,17 @@ def test_logp_is_that_of_the_distribution_sampled_from(sampler: Sampler, samplin
         assert len(completion.tokens) >= max(sampling.min_tokens, 1)
 
 
+@pytest.mark.faults("F64")
+def test_vllm_takes_its_port_from_where_it_is_told(sampler: Sampler) -> None:
+    async def first_free(_: Any) -> tuple[int, int]:
+        from vllm.utils.network_utils import get_open_port
+
+        return int(os.environ["VLLM_PORT"]), get_open_port()
+
+    told, found = run(sampler.probe(first_free))
+    assert told <= found < told + 30
+
+
 def test_scoring(sampler: Sampler) -> None:
     sequences = prompts(3, seed=9)
     scored = run(within(60, sampler.actor.logp.remote(sequences)))
