@@ -56,10 +56,8 @@ class Schedule:
     groups_per_step: int = 16  # P: prompts whose groups make one step
     staleness: int = 0  # how many steps old a group may be when used; 0 is synchronous
     max_turned_away: int = 10  # × P groups in a row turned away, or trained without any signal, before one of these:
-    on_no_signal: Literal["stop", "skip_step"] | None = (
-        None  # the run ends; or goes on with the groups it has; None: it
-    )
-    # ends where groups are turned away, for it has none, and goes on where they are trained
+    # the run ends, or goes on with the groups it has; None: it ends if they were turned away, and goes on if trained
+    on_no_signal: Literal["stop", "skip_step"] | None = None
     max_retries: int = 3  # of one prompt, after a worker was lost
     stall_s: float = 120.0  # say what is awaited when it takes longer than this
 
