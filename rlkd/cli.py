@@ -100,6 +100,20 @@ def check(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) ->
 
 @app.command()
 @guarded
+def explain(
+    code: Annotated[
+        str | None, typer.Argument(metavar="CODE", help="As in an error, RLKD-C002; all if left out.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """What an error code means, and what to do."""
+    import rlkd.explain as codes
+
+    return show_result(codes.explain(code), as_json)
+
+
+@app.command()
+@guarded
 def doctor(
     deep: Annotated[bool, typer.Option("--deep", help="Import the heavy packages too; a minute.")] = False,
     as_json: Json = False,
