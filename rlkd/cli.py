@@ -38,7 +38,7 @@ hook_submit(app)
 app.command()(render)
 app.command()(sweep)
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, for example configs/grpo-arithmetic.yaml.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, for example configs/grpo-tiny.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top, for example learner.lr=1e-6.")
 ]
