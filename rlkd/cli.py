@@ -43,6 +43,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top, for example learner.lr=1e-6.")
 ]
 
+Step = Annotated[int | None, typer.Option("--step", help="Of this step's checkpoint; the newest if left out.")]
+
 
 def main() -> None:
     """The console script `rlkd`."""
@@ -143,20 +145,52 @@ def model_get(
 @app.command("eval")
 @guarded
 def evaluate(
-    what: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder, or a model's.")],
-    recipe: Recipe,
+    what: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder, or a model's.")],
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe; that of the run, if left out.")
+    ] = None,
     overrides: Overrides = None,
+    step: Step = None,
     as_json: Json = False,
 ) -> int:
     """Evaluate on the recipe's held-out prompts.
 
     Greedy or pass@k (`evaluate.*` of the recipe), with confidence intervals.
     """
-    stages = _stages(recipe, overrides or ())
     import rlkd.run as run
     import rlkd.staged as staged
+    from rlkd.prove import config_of
 
-    return show_result(run.evaluate(stages[-1].config, staged.run_folder(Path(what))), as_json)
+    folder, settings = staged.run_folder(what), list(overrides or ())
+    is_run = (folder / "run.json").exists()
+    if step is not None and not is_run:
+        fix = "leave --step out, or give the folder of a run"
+        raise ConfigError("RLKD-C418", f"--step {step}, but this is a model's folder, not a run's", str(what), fix)
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():  # no recipe, but the first setting
+        settings.insert(0, recipe)
+        recipe = None
+    if recipe is None and not is_run:
+        what_for = f"which prompts to evaluate {what} on?"
+        raise ConfigError("RLKD-C416", what_for, where="command line", fix="rlkd eval MODEL RECIPE")
+    stages = _stages(recipe or str(config_of(folder)), settings)
+    return show_result(run.evaluate(stages[-1].config, folder, step), as_json)
+
+
+@app.command()
+@guarded
+def fork(
+    run_directory: Run,
+    name: Annotated[str, typer.Argument(metavar="NEWNAME", help="Of the new run, in a folder beside the other's.")],
+    step: Step = None,
+    as_json: Json = False,
+) -> int:
+    """Begin a new run with a checkpoint of another.
+
+    Weights, optimizer, ledger and place in the data are the other's; of the other nothing is changed.
+    """
+    import rlkd.fork as forks
+
+    return show_result(forks.fork(run_directory, name, step, lambda text: print(text, file=sys.stderr)), as_json)
 
 
 @app.command()
@@ -164,9 +198,7 @@ def evaluate(
 def export(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the model.")],
-    step: Annotated[
-        int | None, typer.Option("--step", help="Of this step's checkpoint; the newest if left out.")
-    ] = None,
+    step: Step = None,
 ) -> int:
     """Write a run's model as a Hugging Face folder.
 

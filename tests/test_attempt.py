@@ -397,6 +397,9 @@ def test_resume_never_is_for_a_new_folder(run: Path) -> None:
     assert attempts.starting_point(run, "never", 1) is None
     with pytest.raises(errors.PreflightError, match="RLKD-E162"):
         attempts.starting_point(run, "never", 2)
+    committed(run, 10)  # a fork that has not begun: its checkpoint would be gone on with
+    with pytest.raises(errors.PreflightError, match="RLKD-E162"):
+        attempts.starting_point(run, "never", 1)
 
 
 def test_resume_from_a_step(run: Path) -> None:
