@@ -85,9 +85,8 @@ def restored(run: Path) -> tuple[State, Learner, Any, Any]:
     prompts: Mapping[str, Prompt] = {p.id: p for p in read.data.train.prompts}
     order = curriculum(config, read.data.train.prompts, read.data.train.fingerprint)
     learner, store = Learner(Path(config.model.path)), Store(run / "checkpoints")
-    state = asyncio.run(
-        Checkpoints(store).restore(learner, order, lambda name, seed: replace(prompts[name], seed=seed))
-    )  # type: ignore[arg-type]
+    saves: Any = Checkpoints(store)
+    state = asyncio.run(saves.restore(learner, order, lambda name, seed: replace(prompts[name], seed=seed)))
     return state, learner, order, store.newest(mend=False)
 
 
