@@ -134,12 +134,13 @@ def doctor(
 def model_get(
     name: Annotated[str, typer.Argument(help="tiny, tiny-teacher, smollm2 or gemma3-270m.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, for model.path.")],
+    as_json: Json = False,
 ) -> int:
     """Put a model's folder into DIR."""
     import rlkd.models.get as get
 
-    get.get(name, directory)
-    return OK
+    folder = str(get.get(name, directory))
+    return show_result({"model": name, "directory": folder, "text": f"{name} is in {folder}"}, as_json)
 
 
 @app.command("eval")
@@ -199,6 +200,7 @@ def export(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the model.")],
     step: Step = None,
+    as_json: Json = False,
 ) -> int:
     """Write a run's model as a Hugging Face folder.
 
@@ -207,8 +209,7 @@ def export(
     import rlkd.run as run
     import rlkd.staged as staged
 
-    run.export(staged.run_folder(run_directory), step, directory)
-    return OK
+    return show_result(run.export(staged.run_folder(run_directory), step, directory), as_json)
 
 
 @app.command("why-stuck")

@@ -224,13 +224,14 @@ def evaluate(config: Config, what: Path, step: int | None = None) -> dict[str, A
     return {"model": str(folder), **plain(result.metrics()), "text": "\n".join(lines)}
 
 
-def export(run_directory: Path, step: int | None, directory: Path) -> None:
+def export(run_directory: Path, step: int | None, directory: Path) -> dict[str, Any]:
     """Copy a checkpoint's model as a Hugging Face folder, load it again, and compare its log-probs with those the
     learner had when it saved. PreflightError if they differ."""
     if not (run_directory / "run.json").exists():
         raise PreflightError("RLKD-E131", "this is no run's folder: it has no run.json", where=str(run_directory))
     worst = exported.export(run_directory, step, directory)
-    print(f"{directory}: loaded again; log-probs differ from the learner's by at most {worst:.1e}")
+    text = f"{directory}: loaded again; log-probs differ from the learner's by at most {worst:.1e}"
+    return {"directory": str(directory), "difference": worst, "text": text}
 
 
 def check(config: Config) -> dict[str, Any]:

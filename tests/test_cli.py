@@ -50,9 +50,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     run.train = noting("train", 0)  # type: ignore[attr-defined]
     run.check = noting("check", {"text": "in words", "sequences": 128})  # type: ignore[attr-defined]
     run.evaluate = noting("evaluate", {"text": "pass@1 50 %", "pass@1": 0.5})  # type: ignore[attr-defined]
-    run.export = noting("export", None)  # type: ignore[attr-defined]
+    run.export = noting("export", {"text": "exported", "difference": 0.0})  # type: ignore[attr-defined]
     get = types.ModuleType("rlkd.models.get")
-    get.get = noting("get", None)  # type: ignore[attr-defined]
+    get.get = noting("get", Path("/models/tiny"))  # type: ignore[attr-defined]
     for name, module in (("run", run), ("models.get", get)):
         parent, _, child = f"rlkd.{name}".rpartition(".")
         monkeypatch.setitem(sys.modules, f"rlkd.{name}", module)
@@ -143,13 +143,17 @@ def test_eval_of_a_model_needs_a_recipe_and_has_no_steps(calls: Calls, args: tup
 
 def test_export_and_model_get(calls: Calls) -> None:
     assert invoke("export", "runs/x", "out").exit_code == 0
-    assert invoke("export", "runs/x", "out", "--step", "7").exit_code == 0
+    assert invoke("export", "runs/x", "out", "--step", "7").stdout == "exported\n"
     assert invoke("model", "get", "tiny", "models/tiny").exit_code == 0
     assert calls == [
         ("export", Path("runs/x"), None, Path("out")),
         ("export", Path("runs/x"), 7, Path("out")),
         ("get", "tiny", Path("models/tiny")),
     ]
+    assert json.loads(invoke("export", "runs/x", "out", "--json").stdout) == {"difference": 0.0}
+    assert json.loads(invoke("model", "get", "tiny", "models/tiny", "--json").stdout) == {
+        "model": "tiny", "directory": "/models/tiny",
+    }  # fmt: skip
 
 
 def test_ckpt_and_why_stuck(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
