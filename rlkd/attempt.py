@@ -125,7 +125,7 @@ def starting_point(directory: Path, resume: str, attempt: int = 1) -> int | None
     if resume == "auto":
         return None
     if resume == "never":
-        if attempt > 1:
+        if attempt > 1 or there:  # a fork has a checkpoint before its first attempt
             raise PreflightError(
                 "RLKD-E162",
                 "--resume never, but there is a run in this folder",

@@ -77,7 +77,7 @@ def asked(config: Config, read: Inputs) -> list[str]:
         return asyncio.run(_asked(config, read))
     except WorkerLost as lost:
         raise InfrastructureError(
-            "RLKD-I004", f"a teacher was lost: {lost}", "teachers", "Ray's logs say why its process ended"
+            "RLKD-I007", f"a teacher was lost: {lost}", "teachers", "Ray's logs say why its process ended"
         ) from lost
 
 

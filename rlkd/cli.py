@@ -38,10 +38,12 @@ hook_submit(app)
 app.command()(render)
 app.command()(sweep)
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, for example configs/grpo-arithmetic.yaml.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, for example configs/grpo-tiny.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings on top, for example learner.lr=1e-6.")
 ]
+
+Step = Annotated[int | None, typer.Option("--step", help="Of this step's checkpoint; the newest if left out.")]
 
 
 def main() -> None:
@@ -100,6 +102,20 @@ def check(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) ->
 
 @app.command()
 @guarded
+def explain(
+    code: Annotated[
+        str | None, typer.Argument(metavar="CODE", help="As in an error, RLKD-C002; all if left out.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """What an error code means, and what to do."""
+    import rlkd.explain as codes
+
+    return show_result(codes.explain(code), as_json)
+
+
+@app.command()
+@guarded
 def doctor(
     deep: Annotated[bool, typer.Option("--deep", help="Import the heavy packages too; a minute.")] = False,
     as_json: Json = False,
@@ -118,31 +134,64 @@ def doctor(
 def model_get(
     name: Annotated[str, typer.Argument(help="tiny, tiny-teacher, smollm2 or gemma3-270m.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, for model.path.")],
+    as_json: Json = False,
 ) -> int:
     """Put a model's folder into DIR."""
     import rlkd.models.get as get
 
-    get.get(name, directory)
-    return OK
+    folder = str(get.get(name, directory))
+    return show_result({"model": name, "directory": folder, "text": f"{name} is in {folder}"}, as_json)
 
 
 @app.command("eval")
 @guarded
 def evaluate(
-    what: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder, or a model's.")],
-    recipe: Recipe,
+    what: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder, or a model's.")],
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe; that of the run, if left out.")
+    ] = None,
     overrides: Overrides = None,
+    step: Step = None,
     as_json: Json = False,
 ) -> int:
     """Evaluate on the recipe's held-out prompts.
 
     Greedy or pass@k (`evaluate.*` of the recipe), with confidence intervals.
     """
-    stages = _stages(recipe, overrides or ())
     import rlkd.run as run
     import rlkd.staged as staged
+    from rlkd.prove import config_of
 
-    return show_result(run.evaluate(stages[-1].config, staged.run_folder(Path(what))), as_json)
+    folder, settings = staged.run_folder(what), list(overrides or ())
+    is_run = (folder / "run.json").exists()
+    if step is not None and not is_run:
+        fix = "leave --step out, or give the folder of a run"
+        raise ConfigError("RLKD-C418", f"--step {step}, but this is a model's folder, not a run's", str(what), fix)
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():  # no recipe, but the first setting
+        settings.insert(0, recipe)
+        recipe = None
+    if recipe is None and not is_run:
+        what_for = f"which prompts to evaluate {what} on?"
+        raise ConfigError("RLKD-C416", what_for, where="command line", fix="rlkd eval MODEL RECIPE")
+    stages = _stages(recipe or str(config_of(folder)), settings)
+    return show_result(run.evaluate(stages[-1].config, folder, step), as_json)
+
+
+@app.command()
+@guarded
+def fork(
+    run_directory: Run,
+    name: Annotated[str, typer.Argument(metavar="NEWNAME", help="Of the new run, in a folder beside the other's.")],
+    step: Step = None,
+    as_json: Json = False,
+) -> int:
+    """Begin a new run with a checkpoint of another.
+
+    Weights, optimizer, ledger and place in the data are the other's; of the other nothing is changed.
+    """
+    import rlkd.fork as forks
+
+    return show_result(forks.fork(run_directory, name, step, lambda text: print(text, file=sys.stderr)), as_json)
 
 
 @app.command()
@@ -150,9 +199,8 @@ def evaluate(
 def export(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the model.")],
-    step: Annotated[
-        int | None, typer.Option("--step", help="Of this step's checkpoint; the newest if left out.")
-    ] = None,
+    step: Step = None,
+    as_json: Json = False,
 ) -> int:
     """Write a run's model as a Hugging Face folder.
 
@@ -161,8 +209,7 @@ def export(
     import rlkd.run as run
     import rlkd.staged as staged
 
-    run.export(staged.run_folder(run_directory), step, directory)
-    return OK
+    return show_result(run.export(staged.run_folder(run_directory), step, directory), as_json)
 
 
 @app.command("why-stuck")

@@ -34,7 +34,7 @@ def sweep(
     from rlkd.core.errors import ConfigError
 
     if not space:
-        raise ConfigError("RLKD-C608", "which keys to search over?", where="command line", fix="--space FILE")
+        raise ConfigError("RLKD-C606", "which keys to search over?", where="command line", fix="--space FILE")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     secrets.learn(os.environ, recipe, overrides or ())

@@ -25,9 +25,9 @@ def checkpoints(run_directory: Path) -> dict[int, Path]:
     return {step: p.parent for p in found if (step := step_of(p.parent.name)) is not None}
 
 
-def newest(run_directory: Path, step: int | None = None) -> Path:
-    """The `hf` folder of the checkpoint after `step`, or of the newest. CheckpointError if there is none."""
-    found, store = checkpoints(run_directory), Store(run_directory / "checkpoints")
+def step_there(run_directory: Path, step: int | None = None) -> int:
+    """`step`, or that of the newest checkpoint. CheckpointError with those that there are if it is not among them."""
+    found = checkpoints(run_directory)
     wanted = max(found, default=None) if step is None else step
     if wanted is None or wanted not in found:
         have = ", ".join(str(s) for s in sorted(found)) or "none"
@@ -37,6 +37,13 @@ def newest(run_directory: Path, step: int | None = None) -> Path:
             where=str(run_directory),
             fix=f"complete checkpoints: {have}",
         )
+    return wanted
+
+
+def newest(run_directory: Path, step: int | None = None) -> Path:
+    """The `hf` folder of the checkpoint after `step`, or of the newest. CheckpointError if there is none."""
+    step_there(run_directory, step)
+    store = Store(run_directory / "checkpoints")
     whole = store.newest(mend=False) if step is None else store.at(step)  # every byte of it verified
     assert whole is not None
     return whole.path / "hf"

@@ -19,6 +19,7 @@ from packaging.version import InvalidVersion, Version
 from rlkd.config.load import resolved
 from rlkd.config.schema import Config
 from rlkd.core.errors import CheckpointError
+from rlkd.export import checkpoints
 from rlkd.inputs import Inputs
 from rlkd.model_folder import model_config
 
@@ -104,7 +105,7 @@ def refuse(found: Comparison, directory: Path, accept_new_data: bool) -> None:
             "RLKD-K120",
             f"the checkpoints here are of another run:\n{table([*found.refused, *found.data])}",
             where=str(directory),
-            fix="take back what was changed, or start a new run: name=…",
+            fix="take back what was changed, or start a new run: name=…" + _from_the_weights(directory),
         )
     if found.data and not accept_new_data:
         raise CheckpointError(
@@ -113,6 +114,14 @@ def refuse(found: Comparison, directory: Path, accept_new_data: bool) -> None:
             where=str(directory),
             fix="use the old data; or --accept-new-data to go on with a new epoch of these; or a new run: name=…",
         )
+
+
+def _from_the_weights(directory: Path) -> str:
+    """How a new run has at least the weights of this one's newest checkpoint."""
+    newest = max(checkpoints(directory), default=None)
+    if newest is None:
+        return ""
+    return f"; with these weights and a fresh optimizer: name=… model.path={checkpoints(directory)[newest] / 'hf'}"
 
 
 def table(changes: Sequence[Change]) -> str:

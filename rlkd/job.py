@@ -28,7 +28,7 @@ PACKAGES = ("rlkd", "torch", "transformers", "deepspeed", "ray", "numpy")
 
 
 def checkpoints(config: Config, directory: Path, tell: Callable[..., None], attempt: int) -> Checkpoints:
-    """Of the run in `directory`, as the recipe wants them. Each says which attempt wrote it (sweep/fork.py asks)."""
+    """Of the run in `directory`, as the recipe wants them. Each says which attempt wrote it (fork.py asks)."""
     c = config.checkpoint
     remote = Remote(f"{c.remote.rstrip('/')}/{config.name}") if c.remote is not None else None
     keep = Keep(c.keep, c.keep_every, c.keep_best)

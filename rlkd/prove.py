@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkd import chaos
-from rlkd.core.errors import CheckpointError, InfrastructureError, PreflightError
+from rlkd.core.errors import CheckpointError, InfrastructureError, PreflightError, nearest
 from rlkd.export import checkpoints
 from rlkd.report.files import read_lines
 from rlkd.report.history import latest
@@ -29,10 +29,13 @@ SAMPLED = ("batch/reward", "batch/tokens", "entropy")
 
 
 def config_of(run: Path) -> Path:
-    """The recipe that a run's folder holds. PreflightError if it is none."""
+    """The recipe that a run's folder holds. PreflightError, with the runs that are there, if it is none."""
     config = run / "config.yaml"
     if not config.is_file():
-        raise PreflightError("RLKD-E131", "this is no run's folder: it has no config.yaml", where=str(run))
+        runs = sorted(p.parent.name for p in run.parent.glob("*/run.json"))
+        close = nearest(run.name, runs)
+        fix = f"did you mean {run.parent / close}?" if close else f"runs in {run.parent}: {', '.join(runs) or 'none'}"
+        raise PreflightError("RLKD-E131", "this is no run's folder: it has no config.yaml", where=str(run), fix=fix)
     return config
 
 

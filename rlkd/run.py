@@ -97,12 +97,14 @@ def _prepared(
     read = inputs.read(config)
     for warning in read.data.warnings:
         say(f"[data] {warning}")
-    now, was = fingerprint.of(config, read), attempts.read_record(directory).get("fingerprint", {})
+    record = attempts.read_record(directory)
+    now, was = fingerprint.of(config, read), record.get("fingerprint", {})
     found = fingerprint.compare(was, now)
     if exported.checkpoints(directory):
         fingerprint.refuse(found, directory, accept_new_data)
     attempts.describe(directory, config, recipe, now)
-    told = list(found.told)
+    forks = record.get("lineage", []) if number == 1 else []
+    told = [*(f"begins as a copy of {one['from']} at step {one['step']}" for one in forks), *found.told]
 
     def accept(facts: Mapping[str, Any]) -> bool:
         found = fingerprint.compare(facts.get("fingerprint", {}), now)
@@ -204,9 +206,9 @@ def evaluator(config: Config, read: Inputs, tell: Callable[[int, Any], None] | N
     )
 
 
-def evaluate(config: Config, what: Path) -> dict[str, Any]:
-    """Evaluate a run's newest model, or a model folder, on the recipe's held-out prompts."""
-    folder = exported.newest(what) if (what / "run.json").exists() else what
+def evaluate(config: Config, what: Path, step: int | None = None) -> dict[str, Any]:
+    """Evaluate a run's model of `step` (None: the newest), or a model folder, on the recipe's held-out prompts."""
+    folder = exported.newest(what, step) if (what / "run.json").exists() else what
     config = replace(config, model=replace(config.model, path=str(folder)))
     read = inputs.read(config, teachers=False)
     if read.data.holdout is None:
@@ -222,13 +224,14 @@ def evaluate(config: Config, what: Path) -> dict[str, Any]:
     return {"model": str(folder), **plain(result.metrics()), "text": "\n".join(lines)}
 
 
-def export(run_directory: Path, step: int | None, directory: Path) -> None:
+def export(run_directory: Path, step: int | None, directory: Path) -> dict[str, Any]:
     """Copy a checkpoint's model as a Hugging Face folder, load it again, and compare its log-probs with those the
     learner had when it saved. PreflightError if they differ."""
     if not (run_directory / "run.json").exists():
         raise PreflightError("RLKD-E131", "this is no run's folder: it has no run.json", where=str(run_directory))
     worst = exported.export(run_directory, step, directory)
-    print(f"{directory}: loaded again; log-probs differ from the learner's by at most {worst:.1e}")
+    text = f"{directory}: loaded again; log-probs differ from the learner's by at most {worst:.1e}"
+    return {"directory": str(directory), "difference": worst, "text": text}
 
 
 def check(config: Config) -> dict[str, Any]:

@@ -397,6 +397,9 @@ def test_resume_never_is_for_a_new_folder(run: Path) -> None:
     assert attempts.starting_point(run, "never", 1) is None
     with pytest.raises(errors.PreflightError, match="RLKD-E162"):
         attempts.starting_point(run, "never", 2)
+    committed(run, 10)  # a fork that has not begun: its checkpoint would be gone on with
+    with pytest.raises(errors.PreflightError, match="RLKD-E162"):
+        attempts.starting_point(run, "never", 1)
 
 
 def test_resume_from_a_step(run: Path) -> None:
@@ -457,6 +460,11 @@ def test_another_run_is_refused_with_a_table(tmp_path: Path, key: str, name: str
     lines = str(caught.value).splitlines()
     assert lines[1].split() == [*name.split(), str(WAS[key]), "→", str(value)]
     assert lines[2].split() == ["data.train", "c1", "→", "c2"]
+    assert "model.path" not in str(caught.value)  # there is no checkpoint here
+    committed(tmp_path, 10, 20)
+    with pytest.raises(errors.CheckpointError) as caught:
+        fingerprint.refuse(found, tmp_path, accept_new_data=True)
+    assert str(caught.value).splitlines()[-1].endswith(f"name=… model.path={tmp_path}/checkpoints/step-000020/hf")
 
 
 @pytest.mark.faults("F49")

@@ -50,9 +50,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     run.train = noting("train", 0)  # type: ignore[attr-defined]
     run.check = noting("check", {"text": "in words", "sequences": 128})  # type: ignore[attr-defined]
     run.evaluate = noting("evaluate", {"text": "pass@1 50 %", "pass@1": 0.5})  # type: ignore[attr-defined]
-    run.export = noting("export", None)  # type: ignore[attr-defined]
+    run.export = noting("export", {"text": "exported", "difference": 0.0})  # type: ignore[attr-defined]
     get = types.ModuleType("rlkd.models.get")
-    get.get = noting("get", None)  # type: ignore[attr-defined]
+    get.get = noting("get", Path("/models/tiny"))  # type: ignore[attr-defined]
     for name, module in (("run", run), ("models.get", get)):
         parent, _, child = f"rlkd.{name}".rpartition(".")
         monkeypatch.setitem(sys.modules, f"rlkd.{name}", module)
@@ -109,18 +109,51 @@ def test_a_result_is_for_people_or_for_programs(
     assert invoke(*args).stdout == text
     assert json.loads(invoke(*args, "--json").stdout) == data
     if args[0] == "eval":
-        assert [(c[0], c[1].seed, c[2]) for c in calls] == [("evaluate", 2, Path("runs/x"))] * 2
+        assert [(c[0], c[1].seed, *c[2:]) for c in calls] == [("evaluate", 2, Path("runs/x"), None)] * 2
+
+
+def test_eval_of_a_run_needs_no_recipe(recipe: str, calls: Calls) -> None:
+    """It is the run's own, and what follows are settings."""
+    run = Path("runs/x")
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"name": "x", "attempts": []}')
+    (run / "config.yaml").write_text(Path(recipe).read_text() + "seed: 5\n")
+    for args in ([], ["evaluate.prompts=4"], [recipe, "seed=7"], ["--step", "3"]):
+        assert invoke("eval", "runs/x", *args).exit_code == 0
+    most = calls[0][1].evaluate.prompts
+    assert [(c[1].seed, c[1].evaluate.prompts, c[3]) for c in calls] == [
+        (5, most, None), (5, 4, None), (7, most, None), (5, most, 3),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("models/tiny",), "RLKD-C416"),
+        (("models/tiny", "seed=1"), "rlkd eval MODEL RECIPE"),
+        (("models/tiny", "recipe.yaml", "--step", "3"), "RLKD-C418"),
+    ],
+)
+def test_eval_of_a_model_needs_a_recipe_and_has_no_steps(calls: Calls, args: tuple[str, ...], said: str) -> None:
+    result = invoke("eval", *args)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not calls
 
 
 def test_export_and_model_get(calls: Calls) -> None:
     assert invoke("export", "runs/x", "out").exit_code == 0
-    assert invoke("export", "runs/x", "out", "--step", "7").exit_code == 0
+    assert invoke("export", "runs/x", "out", "--step", "7").stdout == "exported\n"
     assert invoke("model", "get", "tiny", "models/tiny").exit_code == 0
     assert calls == [
         ("export", Path("runs/x"), None, Path("out")),
         ("export", Path("runs/x"), 7, Path("out")),
         ("get", "tiny", Path("models/tiny")),
     ]
+    assert json.loads(invoke("export", "runs/x", "out", "--json").stdout) == {"difference": 0.0}
+    assert json.loads(invoke("model", "get", "tiny", "models/tiny", "--json").stdout) == {
+        "model": "tiny", "directory": "/models/tiny",
+    }  # fmt: skip
 
 
 def test_ckpt_and_why_stuck(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

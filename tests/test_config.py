@@ -570,6 +570,7 @@ def test_every_number_has_a_range() -> None:
 # -- any mistake -------------------------------------------------------------------------------------------------------
 
 FUZZ = int(os.environ.get("RLKD_FUZZ", "20"))  # inputs of the slow properties
+GARBAGE = int(os.environ.get("RLKD_FUZZ", "150"))  # texts that are no recipe
 LETTERS = st.sampled_from("abcdefghijklmnopqrstuvwxyz_")
 
 
@@ -638,7 +639,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=GARBAGE, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=60) | st.binary(max_size=40) | JUNK.map(yaml.safe_dump), override=st.text(max_size=20))
 def test_garbage_is_a_config_error(tmp_path: Path, text: str | bytes, override: str) -> None:
     path = tmp_path / "garbage.yaml"

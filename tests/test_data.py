@@ -1,6 +1,7 @@
 """Prompts from every kind of source: what a row becomes, what is left out, and what an error says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,42 @@ def test_prompts_that_are_too_long_are_left_out_whole_and_shown(tmp_path: Path) 
     assert texts(dataset) == ["question 0"]  # 11 tokens: exactly as many as may be
     assert str(dataset.funnel) == "2 rows → 2 valid → 1 within 11 prompt tokens (longest is 51)"
     assert dataset.warnings == (f"data.train: 1 prompt over 11 tokens left out, as {file}:2 of 51",)
+
+
+@pytest.mark.faults("F45")
+def test_prompts_that_are_too_long_can_be_cut_on_the_left(tmp_path: Path) -> None:
+    """Text, messages and tokens are of the same prompt then; what comes last of the question stays."""
+    file = tmp_path / "a.jsonl"
+    rows = [row(0), row(1) | {"prompt": "y" * 50 + "?"}, row(2) | {"prompt": "z" * 60}]
+    dataset = load(lines(file, rows), TOKENIZER, Rules(11, too_long="truncate_left", chat=False))
+    assert texts(dataset) == ["question 0", "y" * 9 + "?", "z" * 10]
+    assert [len(p.tokens) for p in dataset.prompts] == [11, 11, 11]  # with BOS
+    assert [p.text for p in dataset.prompts] == texts(dataset)
+    assert str(dataset.funnel) == "3 rows → 3 valid → 3 within 11 prompt tokens (longest is 61)"
+    assert dataset.warnings == (f"data.train: 2 prompts over 11 tokens cut on the left, as {file}:2 of 52",)
+
+
+@pytest.mark.faults("F45")
+def test_a_cut_prompt_has_its_whole_chat_template(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    own = [{"role": "user", "content": "x" * 50}]
+    rows = [row(0) | {"prompt": "y" * 80 + "?"}, row(1) | {"prompt": own}]
+    whole = load(lines(file, rows), TOKENIZER, Rules(999, system="be brief")).prompts[0]
+    frame = len(whole.tokens) - 81
+    rules = Rules(frame + 5, too_long="truncate_left", system="be brief")
+    dataset = load(lines(file, rows), TOKENIZER, rules)
+    (prompt,) = dataset.prompts
+    assert prompt.text == "yyyy?"
+    assert prompt.messages == ({"role": "system", "content": "be brief"}, {"role": "user", "content": "yyyy?"})
+    assert TOKENIZER.decode(prompt.tokens, special=True) == TOKENIZER.decode(whole.tokens, special=True).replace(
+        "y" * 80 + "?", "yyyy?"
+    )
+    assert [w.split(", as")[0] for w in dataset.warnings] == [
+        f"data.train: 1 prompt over {frame + 5} tokens cut on the left",
+        f"data.train: 1 prompt over {frame + 5} tokens left out",
+    ]
+    with pytest.raises(DataError, match="no prompt is left"):  # a frame that is too large by itself
+        load(lines(file, rows), TOKENIZER, replace(rules, max_prompt_tokens=frame))
 
 
 @pytest.mark.faults("F45")

@@ -1,6 +1,7 @@
-"""Whatever the bytes are: prompts, or one DataError that says where."""
+"""Whatever the bytes are: prompts, or one DataError that says where. RLKD_FUZZ=N: N inputs of each."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from rlkd.data.rows import BadRow, Columns, Question, Row, question
 from tests.small_tokenizers import wrapped
 
 TOKENIZER = wrapped()
+FILES, ROWS = (int(os.environ.get("RLKD_FUZZ", usual)) for usual in (200, 500))
 
 text = st.text(st.characters(), max_size=12)  # lone surrogates and NUL too
 numbers = st.one_of(st.integers(), st.builds(lambda i, j: i * 10**j, st.integers(), st.integers(0, 4000)), st.floats())
@@ -63,7 +65,7 @@ def prompts_or_error(source: Source, rules: Rules) -> Dataset | DataError:
 
 
 @pytest.mark.faults("F43")
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=FILES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.lists(lines, min_size=1, max_size=12), st.sampled_from(["fail", "drop"]), st.booleans())
 @example([b"\x00" * 100], "fail", True)
 @example([b'{"prompt": "x", "answer": 1e999}'], "fail", True)
@@ -90,7 +92,7 @@ def test_any_bytes_give_prompts_or_a_data_error(
     "\n".join(found.warnings).encode()
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=ROWS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.one_of(rows, st.dictionaries(text, values, max_size=4)))
 def test_any_row_is_a_question_or_says_why_not(fields: dict[str, Any]) -> None:
     found = question(Row(7, "a.jsonl:7", fields), Columns(), "a.jsonl")

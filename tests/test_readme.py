@@ -74,3 +74,22 @@ def test_every_path_of_the_map_exists() -> None:
     block = README.split("## The map")[1].split("```")[1]
     for path in re.findall(r"^(rlkd/[\w/.]+|configs/|benchmarks/|docs/\S+)", block, re.MULTILINE):
         assert (root / path).exists(), path
+
+
+def test_every_recipe_that_is_named_exists() -> None:
+    """In the README, in docs/ and in rlkd's own help and messages. METHOD and * stand for any."""
+    root = Path(__file__).parents[1]
+    texts = [
+        root / "README.md",
+        *(root / "docs").rglob("*.md"),
+        *(root / "launch").glob("*.md"),
+        *(root / "rlkd").rglob("*.py"),
+    ]
+    named = {
+        (str(path.relative_to(root)), recipe)
+        for path in texts
+        for recipe in re.findall(r"configs/[\w./*-]+\.yaml", path.read_text(encoding="utf-8"))
+    }
+    assert {"README.md", "rlkd/cli.py", "docs/cluster.md"} <= {path for path, _ in named}
+    for path, recipe in sorted(named):
+        assert any(root.glob(re.sub(r"METHOD|NAME", "*", recipe))), f"{path}: {recipe}"

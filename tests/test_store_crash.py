@@ -128,7 +128,7 @@ def test_never_a_fresh_start_after_all_were_lost(tmp_path: Path) -> None:
     for step in (1, 2):
         (saved(store, step) / "driver.json").unlink()
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="RLKD-K012") as caught:
+        with pytest.raises(CheckpointError, match="RLKD-K016") as caught:
             store.newest()
         assert caught.value.exit_code == 7
         assert ".bad/step-000001" in str(caught.value)

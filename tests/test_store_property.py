@@ -143,7 +143,7 @@ class Life(RuleBasedStateMachine):
         """As at the start of a run: what is damaged is moved away."""
         newest = max(self.scores, default=None)
         if newest is None and self.lost:
-            with pytest.raises(CheckpointError, match="RLKD-K012"):
+            with pytest.raises(CheckpointError, match="RLKD-K016"):
                 self.store.newest()
             assert self.store.there() == []
         else:

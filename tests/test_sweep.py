@@ -33,11 +33,11 @@ from rlkd.core.errors import (
     Stopped,
 )
 from rlkd.core.stop import StopRequest
+from rlkd.fork import Origin, forked
 from rlkd.report.files import replace_file
 from rlkd.store.store import Store
 from rlkd.sweep import follow, record, resources, search, stopping, table
 from rlkd.sweep.follow import Following, before, recorded, steps_saved
-from rlkd.sweep.fork import Origin, forked
 from rlkd.sweep.page import page
 from rlkd.sweep.spec import Spec
 from rlkd.sweep.table import Row

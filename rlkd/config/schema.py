@@ -48,7 +48,8 @@ class DataConfig:
     train: Source = field(default_factory=Source)
     holdout: Source | None = None  # for evaluation; never trained on
     max_prompt_tokens: int | None = None  # None: what is left of the context beside the answer
-    too_long: Literal["drop", "fail"] = "drop"  # prompts over it: left out, counted and shown; or an error
+    # prompts over it: left out; an error; or cut on the left, within the chat template. Always counted and shown
+    too_long: Literal["drop", "fail", "truncate_left"] = "drop"
     bad_rows: Literal["fail", "drop"] = "fail"
     max_bad_fraction: float = 0.1  # with drop: a larger share of a source's rows is an error all the same
     chat: bool = True  # put prompts through the chat template

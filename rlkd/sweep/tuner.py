@@ -182,7 +182,7 @@ class Sweep:
             return INFRASTRUCTURE
         if best is None:
             raise PreflightError(
-                "RLKD-E603", f"no trial has a {metric}; the first: {rows[0].cause or rows[0].state}",
+                "RLKD-E622", f"no trial has a {metric}; the first: {rows[0].cause or rows[0].state}",
                 where=str(self.folder), fix="the table says what became of each",
             )  # fmt: skip
         return OK
