@@ -82,13 +82,25 @@ def test_a_cluster_whose_port_is_taken_is_started_again(
 @pytest.mark.usefixtures("asked")
 def test_not_for_ever_and_not_for_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     called = init(monkeypatch, *[GCS] * 9)
-    with pytest.raises(PreflightError, match=r"RLKD-E192.*5 times a port that it needs was taken"):
+    with pytest.raises(PreflightError, match=r"RLKD-E192.*5 times, the last time because a port was taken"):
         join(None)
     assert called.count("init") == called.count("shutdown") == 5
     called = init(monkeypatch, RuntimeError("no space left on device"))
     with pytest.raises(RuntimeError, match="no space"):
         join(None)
     assert called.count("init") == 1
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_machine_too_busy_for_ray_is_no_bug_of_rlkd(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = Exception("The current node timed out during startup. This could happen because …")
+    called = init(monkeypatch, late)
+    join(None)
+    assert called == ["init", "shutdown", "init"]
+    init(monkeypatch, *[late] * 9)
+    with pytest.raises(PreflightError, match="because it was not up in time") as caught:
+        join(None)
+    assert "overloaded" in str(caught.value)
 
 
 def test_the_recipe_comes_before_the_environment(

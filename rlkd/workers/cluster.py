@@ -26,16 +26,18 @@ except AuthenticationError:
     sys.exit({ASKS})
 """
 FIX = "the head node's HOST:PORT as `ray start --head` prints it (the port is 6379 if not told otherwise)"
-STARTS = 5  # of a cluster of its own, while ports it chose are taken by others
+STARTS = 5  # of a cluster of its own, while ports it chose are taken by others, or this machine is too busy
 TAKEN = "`ss -ltnp` shows who has which port; unset RAY_GCS_SERVER_PORT, if it is set, and Ray chooses"
+LATE = "timed out during startup"  # Ray's words, after the 30 s that it gives its own processes
+BUSY = "is this machine overloaded, or out of memory or disk? `rlkd doctor` looks; Ray's logs are in /tmp/ray"
 SUBMIT = "from outside the cluster: rlkd submit RECIPE --ray http://HEAD:8265"
 
 
 def join(namespace: str, address: str | None, object_store_bytes: int) -> None:
     """Join the cluster at `address` (the recipe's ray.address) or RAY_ADDRESS, else start one in this machine.
 
-    PreflightError RLKD-E191 if there is none, or it refuses; RLKD-E192 if somebody else has a port that it needs, each
-    of the times that it is started.
+    PreflightError RLKD-E191 if there is none, or it refuses; RLKD-E192 if it cannot be started here: each time somebody
+    else had a port that it needs, or it did not come up in time.
     """
     key = "ray.address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS") or "local"  # with None Ray would join any it finds here
@@ -62,14 +64,15 @@ def _start(namespace: str, object_store_bytes: int) -> None:
             ray.init(address="local", namespace=namespace, log_to_driver=False, **own)
             return
         except Exception as error:  # what Ray raises here has no type of its own
-            if not port_taken(error):
+            late = LATE in str(error)
+            if not (late or port_taken(error)):
                 raise
             ray.shutdown()  # what did come up
-            said = " ".join(str(error).split())[:500]
-            log.warning("Ray did not start, for a port was taken (try %d of %d): %s", tries, STARTS, said)
+            why, said = "it was not up in time" if late else "a port was taken", " ".join(str(error).split())[:500]
+            log.warning("Ray did not start: %s (try %d of %d): %s", why, tries, STARTS, said)
             if tries == STARTS:
-                what = f"Ray cannot start here, {STARTS} times a port that it needs was taken: {said}"
-                raise PreflightError("RLKD-E192", what, "ray.address", TAKEN) from error
+                what = f"Ray cannot start here, {STARTS} times, the last time because {why}: {said}"
+                raise PreflightError("RLKD-E192", what, "ray.address", BUSY if late else TAKEN) from error
 
 
 def token() -> str | None:
