@@ -127,7 +127,7 @@ def test_a_group_that_is_too_old_is_refused_and_nothing_saved(tmp_path: Path) ->
 @pytest.mark.faults("F17")
 def test_without_the_refusal_it_would_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control of the test above."""
-    monkeypatch.setattr(Loop, "_refuse_stale", lambda *_: None)
+    monkeypatch.setattr("rlkd.train.staleness.refuse", lambda *_: None)
     schedule = Schedule(steps=30, groups_per_step=3, staleness=0)
     loop = loop_of(tmp_path, policy=FakePolicy(long_tailed(1)), schedule=schedule)
     run_with_too_many_slots(loop)

@@ -11,7 +11,6 @@ learner that dies is built again, and everything goes back to the last checkpoin
 """
 
 import asyncio
-import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -33,7 +32,8 @@ from rlkd.core.errors import (
 )
 from rlkd.core.ports import Algorithm, Curriculum, Learner, Services
 from rlkd.core.stop import Stop
-from rlkd.core.types import Group, Origin, Prompt
+from rlkd.core.types import Group, Prompt
+from rlkd.train import staleness
 from rlkd.train.buffer import Buffer, Done
 from rlkd.train.checkpoint import Checkpoints, State
 from rlkd.train.evaluate import Evaluator
@@ -230,13 +230,12 @@ class Loop:
 
     async def learn(self) -> None:
         while self.step < self.schedule.steps:
-            again = self._too_old if self.schedule.on_no_signal == "skip_step" else lambda _: False
-            taken = await self.buffer.take(self.schedule.groups_per_step, self._most_away, again)
+            taken = await self.buffer.take(self.schedule.groups_per_step, self._most_away, self._renewed)
             wanted = [d.credited for d in taken.values() if d.credited is not None]
             if len(wanted) < self.schedule.groups_per_step:
                 self.report.event("no_signal", self.turned_away.of_step(len(wanted)), step=self.step + 1)
             groups = list(self.algorithm.credit_step(wanted)) if wanted else []
-            alarms, more = await self._train(taken, groups), self._staleness(groups)
+            alarms, more = await self._train(taken, groups), staleness.metrics(groups, self.step)
             try:
                 with self.stages.stage("sync", f"version {self.step}"):  # a stop need not wait for the samplers
                     await self.learner.publish(self.step)
@@ -266,7 +265,7 @@ class Loop:
                 "RLKD-C170", f"credit_step gave back {len(groups)} groups for {len(tickets)}",
                 where="algorithm", fix="leave groups out in `credit`, one by one",
             )  # fmt: skip
-        self._refuse_stale(groups)
+        staleness.refuse(groups, self.step, self.schedule.staleness)
         batch = pack(groups, self.learner.ranks, self.max_tokens, self.algorithm.whole_groups) if groups else []
         async with self.saving.idle:
             began, self.whole = time.monotonic(), False
@@ -293,27 +292,10 @@ class Loop:
             self.whole, self.held_s = True, max(self.held_s, time.monotonic() - began)
         return alarms
 
-    def _too_old(self, group: Group) -> bool:
-        return max(_ages([group], self.step), default=0) > self.schedule.staleness
-
-    def _refuse_stale(self, groups: Sequence[Group]) -> None:
-        """Before a step. The slots see to it that no group gets too old: DivergedError for one that did all the same (a
-        worker with old weights, a bug), because what it would do to the weights cannot be taken back."""
-        for group in groups:
-            if self._too_old(group):
-                age = max(_ages([group], self.step))
-                raise DivergedError(
-                    "RLKD-T146",
-                    f"step {self.step + 1}: an answer to prompt {group.prompt.id} was written with weights that are "
-                    f"{age} steps old; schedule.staleness={self.schedule.staleness}",
-                    where="schedule.staleness",
-                    fix="report this; the same command begins at the checkpoint before",
-                )
-
-    def _staleness(self, groups: Sequence[Group]) -> dict[str, float]:
-        """After a step, of what the policy wrote; NaN for a step of demonstrations."""
-        ages: list[float] = [*_ages(groups, self.step - 1)] or [math.nan]
-        return {"staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages))}
+    def _renewed(self, group: Group) -> bool:
+        """Whether its prompt is asked again: steps of few groups, which skip_step allows, let others get too old."""
+        may = self.schedule.on_no_signal == "skip_step"
+        return may and staleness.too_old(group, self.step, self.schedule.staleness)
 
     async def _rebuild(self, lost: LearnerLost) -> None:
         """New learner ranks, unless that was done too often since the last checkpoint."""
@@ -349,10 +331,3 @@ class Loop:
 
     def _late(self, text: str) -> None:
         self.report.event("waiting", text)
-
-
-def _ages(groups: Sequence[Group], step: int) -> list[int]:
-    """How many steps old each sample is that the policy had a part in, by its oldest token, when `step` steps are done.
-    What somebody else wrote has no age."""
-    written = [s for g in groups for s in g.samples if (s.origin == Origin.POLICY).any()]
-    return [step - s.versions[0] for s in written]
