@@ -28,6 +28,7 @@ from rlkd.rewards.table import find, pack
 from rlkd.workers.repro import Repro
 from rlkd.workers.tally import SHOWN, Tally
 
+pytestmark = pytest.mark.stack  # real processes that hang, burst and are killed
 PATHOLOGICAL = str(Path(__file__).parent / "pathological.py")
 PROMPT = Prompt("p7", np.zeros(3, np.int32), "42", metadata={"level": 3})
 Make = Callable[..., Jail]

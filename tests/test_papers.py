@@ -435,6 +435,7 @@ def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.stack
+@pytest.mark.long
 def test_a_method_runs_on_the_real_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages of six steps each: `rlkd train`, its files, the second from the first's exported model."""
     from rlkd.models.get import get

@@ -19,6 +19,7 @@ from rlkd.rewards.table import find, pack
 from tests.rewards_help import prompt
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.stack  # processes in the sandbox that hang and are killed
 sandboxed = pytest.mark.skipif(probe().tier is not Tier.SANDBOX, reason="no sandbox on this machine")
 
 
@@ -159,7 +160,6 @@ def test_calls_by_name(jails: Any) -> None:
 
 
 @sandboxed
-@pytest.mark.stack
 @pytest.mark.faults("F32", "F33", "F36", "F37")
 def test_what_an_answer_does_to_itself_is_a_wrong_answer_and_no_failure(jails: Any) -> None:
     """Time, memory, a crash, output, an early end: the model's fault, scored 0, and its siblings are judged."""

@@ -52,7 +52,7 @@ def test_the_driver_is_killed_stopped_and_finds_a_damaged_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    train = command(tmp_path, schedule={"steps": 100, "groups_per_step": 3})
+    train = command(tmp_path, schedule={"steps": 70, "groups_per_step": 3})
     faults = ["driver", "term", "flip"]
     found = chaos(train, tmp_path / "runs", faults, 3, 1.0, limit_s=800.0, seed=37, once_it_moves=True)
     assert found["exit"] == 0, found["text"]

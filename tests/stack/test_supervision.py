@@ -209,7 +209,7 @@ def test_a_hung_learner_ends_the_run_with_everybodys_stacks(tmp_path: Path) -> N
         "data": {"train": {"kind": "arithmetic", "size": 200}},
         "algorithm": {"name": "grpo", "rollout": {"samples": 4}},
         "rewards": {"arithmetic": {}},
-        "schedule": {"steps": 1000, "groups_per_step": 4, "stall_s": 20.0},
+        "schedule": {"steps": 1000, "groups_per_step": 4, "stall_s": 12.0},
         "sampler": {"max_tokens": 40, "engine": "hf"},
         "learner": {"max_tokens": 1024},
         "evaluate": {"at_start": False, "at_end": False},

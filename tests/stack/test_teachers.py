@@ -141,7 +141,7 @@ class TinyPolicy(FakePolicy):
     ) -> list[Completion]:
         draw = np.random.default_rng(seed)
         ids = [draw.integers(4, 30, 10).astype(np.int32) for _ in range(n)]
-        return [Completion(i, np.full(10, -1.0, np.float32), Finish.STOP, (0, self.version)) for i in ids]
+        return [Completion(i, np.full(10, -1.0, np.float32), Finish.STOP, (self.version, self.version)) for i in ids]
 
 
 @dataclass
