@@ -569,7 +569,7 @@ def test_every_number_has_a_range() -> None:
 
 # -- any mistake -------------------------------------------------------------------------------------------------------
 
-FUZZ = int(os.environ.get("RLKD_FUZZ", "20"))  # inputs of the slow properties
+FUZZ = int(os.environ.get("RLKD_FUZZ", "12"))  # inputs of the slow properties
 GARBAGE = int(os.environ.get("RLKD_FUZZ", "150"))  # texts that are no recipe
 LETTERS = st.sampled_from("abcdefghijklmnopqrstuvwxyz_")
 

@@ -52,7 +52,7 @@ def misspelt(draw: st.DrawFn) -> tuple[str, str]:
     return key, prefix + wrong
 
 
-FUZZ = int(os.environ.get("RLKD_FUZZ", "25"))
+FUZZ = int(os.environ.get("RLKD_FUZZ", "15"))
 
 
 @pytest.fixture(scope="module")

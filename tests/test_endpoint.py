@@ -20,6 +20,7 @@ from rlkd.engines.budget import Budget, Limits, Spent, most_tokens
 from rlkd.engines.endpoint import Endpoint, EndpointOptions
 from tests.fake_openai import KEY, FakeOpenAI, chat, drop, hang, raw, status
 
+pytestmark = pytest.mark.stack  # a server that hangs and drops
 ASK = [{"role": "user", "content": "2+2?"}]
 Use = Callable[[Endpoint], Coroutine[Any, Any, Any]]
 

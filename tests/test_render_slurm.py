@@ -16,6 +16,7 @@ from rlkd.render.platforms import slurm
 from rlkd.render.settings import Settings
 from tests.render_help import CLUSTER, ROOT, shellcheck
 
+pytestmark = pytest.mark.stack  # the scripts run, with stand-ins for the commands
 STUBS = Path(__file__).parent / "render_stubs"
 SCRIPTS = [*CLUSTER.rglob("*.sh"), *CLUSTER.rglob("*.sbatch")]
 Until = Callable[[str], None]
