@@ -5,7 +5,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from rlkd.core.errors import ConfigError
 from rlkd.data.chat import HFTokenizer
-from rlkd.data.dataset import Dataset, Rules, load
+from rlkd.data.dataset import Dataset, Rules, TooLongRule, load
 from rlkd.data.sources import SourceSettings
 
 
@@ -20,7 +20,7 @@ class DataSettings(Protocol):
     @property
     def max_prompt_tokens(self) -> int | None: ...
     @property
-    def too_long(self) -> Literal["drop", "fail", "truncate_left"]: ...
+    def too_long(self) -> TooLongRule: ...
     @property
     def bad_rows(self) -> Literal["fail", "drop"]: ...
     @property

@@ -29,7 +29,7 @@ FIX = "the head node's HOST:PORT as `ray start --head` prints it (the port is 63
 STARTS = 5  # of a cluster of its own, while ports it chose are taken by others, or this machine is too busy
 TAKEN = "`ss -ltnp` shows who has which port; unset RAY_GCS_SERVER_PORT, if it is set, and Ray chooses"
 LATE = "timed out during startup"  # Ray's words, after the 30 s that it gives its own processes
-BUSY = "is this machine overloaded, or out of memory or disk? `rlkd doctor` looks; Ray's logs are in /tmp/ray"
+BUSY = "is this machine overloaded, or out of memory or disk? `rlkd doctor` looks, and Ray's own logs say more"
 SUBMIT = "from outside the cluster: rlkd submit RECIPE --ray http://HEAD:8265"
 
 

@@ -20,9 +20,8 @@ _MEMORY = re.compile(
     r"MemoryError|OutOfMemory|out of memory|can't allocate memory|running low on memory", re.IGNORECASE
 )
 OUT_OF_MEMORY = 2  # times in a row
-_TAKEN = (
-    "node was terminated expectedly"  # Ray's words for a node whose raylet got SIGTERM: `ray stop`, a pod that ends
-)
+# Ray's words for a node whose raylet got SIGTERM: `ray stop`, a pod that ends.
+_TAKEN = "node was terminated expectedly"
 
 
 class Kind(StrEnum):
